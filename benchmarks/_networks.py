@@ -45,8 +45,8 @@ class Network(NamedTuple):
       Meta-Weight-Net are timed by default.
     default_on_cpu: whether the network is timed on a CPU if --networks is not given.
     has_peer: whether the benchmark also has the network in PyTorch.
-    in_loop: whether the blocks are in a loop. The compiler counts the operations of its
-      body only once.
+    in_loop: whether the blocks are in a loop. The compiler counts the operations of the
+      body of a loop only once.
   """
 
   make: Callable[..., nn.Module]

@@ -146,7 +146,8 @@ def make_trainer(
   """Returns `(params, model_state, train, meta, rows [S, B]) -> (params, scores)`.
 
   S is the number of steps, and `scores` is the pair of the method's and the exact
-  scores, [S, B] each. The exact scores are 0 except at every seventh step.
+  scores, [S, B] each. The exact scores are 0 except at every seventh step. Both are 0
+  if the method has no scores.
   """
 
   def train_fn(params, model_state, train, meta, rows):

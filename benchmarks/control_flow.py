@@ -1,7 +1,7 @@
 r"""Convolutions in loops and conditionals on a CPU, with and without `channels_last`.
 
 Each row is a way to compute the gradient of the mean loss of a batch: without control
-flow (`plain`), in a branch of `jax.lax.cond`, or as the sum over four microbatches in
+flow (`plain`), in a branch of `jax.lax.cond`, or as the mean over four microbatches in
 `jax.lax.scan`. `channels_last` marks the rows in which the body is wrapped in
 `control_flow.channels_last`. The ways take turns, round by round, and a ratio is the
 time divided by that of `plain` in the same round.
@@ -53,7 +53,7 @@ class Settings(settings_lib.OutputFlags):
 def make_gradient(
   losses_fn: base.LossesFn, name: str, is_wrapped: bool
 ) -> Callable[..., base.PyTree]:
-  """Computes the gradient of the mean loss in one of `WAYS`.
+  """A function that computes the gradient of the mean loss in one of `WAYS`.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`.
@@ -138,7 +138,11 @@ def make_rows(settings: Settings) -> list[dict[str, Any]]:
 
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """Runs the benchmark, prints the results and writes them to a folder."""
+  """Runs the benchmark, prints the results and writes them to a folder.
+
+  Raises:
+    InputError: --batch_size is not a multiple of four, or a network is unknown.
+  """
   if settings.batch_size % _NUM_MICROBATCHES:
     raise base.InputError(
       f"--batch_size={settings.batch_size}: give a multiple of {_NUM_MICROBATCHES}."

@@ -43,15 +43,15 @@ def group_means(
     InputError: the shapes do not match, the groups are not integers, or the group of an
       example is outside 0 to G - 1 (the last is raised only outside `jit`).
   """
-  means, present = _wide_means(values, groups, num_groups)
+  means, present = _wide_means(values, groups, num_groups, "values")
   if jnp.issubdtype(values.dtype, jnp.inexact):
     means = means.astype(values.dtype)
   return means, present
 
 
-def _wide_means(values, groups, num_groups):
+def _wide_means(values, groups, num_groups, name="losses"):
   """`group_means`, with means in float32 or wider."""
-  _check(values, groups)
+  _check(name, values, groups)
   exist = _check_exist(groups, num_groups)
   groups = base.wide_integers(groups, num_groups)
   columns = jnp.arange(num_groups, dtype=groups.dtype)
@@ -174,7 +174,8 @@ def worst(
   is_used = present | ~any_present
   masked = jnp.where(is_used, means, -jnp.inf)
   exist = _check_exist(groups, num_groups)
-  tiny = float(jnp.finfo(means.dtype).tiny)  # Smaller ones would be flushed to 0.
+  # Temperatures below this number would be flushed to 0.
+  tiny = float(jnp.finfo(means.dtype).tiny)
   if not is_traced and temperature < tiny:
     return _narrowed(jnp.where(exist, masked.max(), jnp.nan), losses)
   largest = jax.lax.stop_gradient(masked.max())
@@ -242,9 +243,9 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
   silently ignored, and an unknown group makes the objective NaN.
 
   Args:
-    groups: groups of all exemplars, integers [M].
+    groups: groups of all exemplars, or of all examples of another set, integers [M].
     num_groups: G.
-    where: name of the exemplar set for the error message.
+    where: name of the set for the error message.
   """
   array = np.asarray(groups)
   if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -262,12 +263,12 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
   if absent.size:
     raise base.InputError(
       f"group {absent[0]} has no member in {where} ({absent.size} of {num_groups}"
-      " groups have none): add exemplars of it."
+      " groups have none): add examples of it."
     )
 
 
-def _check(values, groups):
-  base.check_vector("losses", values)
+def _check(name, values, groups):
+  base.check_vector(name, values)
   groups = base.host_or_jax_array(groups)
   is_integer = jnp.issubdtype(groups.dtype, jnp.integer) or groups.dtype == jnp.bool_
   if groups.shape != values.shape or not is_integer:

@@ -238,7 +238,7 @@ def test_huge_losses_do_not_overflow():
     (lambda: go.mean([0.0]), "losses must be an array"),
     (lambda: go.gap([0.0], [0], 1), "losses must be an array"),
     (lambda: go.worst([0.0], [0], 1), "losses must be an array"),
-    (lambda: go.group_means([0.0], [0], 1), "losses must be an array"),
+    (lambda: go.group_means([0.0], [0], 1), "values must be an array"),
     (lambda: go.soft_tpr([0.5], [0], 1), "probabilities must be an array"),
     (
       lambda: go.soft_tpr(*_ARGS, reduction="sum"),

@@ -101,7 +101,8 @@ def init(num_examples: int, num_classes: int) -> State:
     A `State` in which nothing has been seen.
 
   Raises:
-    InputError: `num_examples` is below 1 or `num_classes` below 2.
+    InputError: `num_examples` is below 1, `num_classes` is below 2, or one of them is
+      not an integer.
   """
   num_examples = base.check_integer("audit.init: num_examples", num_examples)
   num_classes = base.check_integer("audit.init: num_classes", num_classes, 2)
@@ -234,7 +235,7 @@ def summarize(state: State) -> dict[str, np.ndarray]:
   arrays: Any = jax.tree.map(np.asarray, jax.device_get(state))
 
   def exact(sum_: Sum) -> np.ndarray:
-    # Of the distributions of all examples, only the result is in float64.
+    # To save memory, only the result is converted to float64, not both summands.
     values = np.array(sum_.total, np.float64)
     values += sum_.error
     return values

@@ -1,7 +1,8 @@
 """Few-shot tasks as the examples of a learning problem.
 
-A task has several classes (ways) with k + q images each. The training tasks are a fixed
-pool. Some of them are from another distribution or have images of wrong classes.
+A task has several classes (ways) with k support and q query images each. The training
+tasks are a fixed pool. Some of them are from another distribution or have images of
+wrong classes.
 Validation (`meta`) and test tasks are clean, and the three sets of tasks have no class
 in common. A task stores only the row numbers of its images, which are gathered when a
 batch needs them.
@@ -80,7 +81,7 @@ class Episodes(NamedTuple):
   Attributes:
     splits: splits whose examples are tasks. `label` and `true_label` are
       [N, ways * q]; `true_label` is -1 if the query's class is not the class of its
-      way. `group` is the cluster of the task.
+      way. `group` is the cluster of a training task, and 0 for the other tasks.
     pool: the truth about the training tasks.
   """
 
@@ -112,9 +113,8 @@ def episodes(
   `foreign`. Label noise is added to `train` before tasks are drawn, so it affects both
   support and query images. Of the n training images, floor(`noise_share` * n) get a
   label drawn uniformly from all C training classes, including the true one; the
-  expected share of wrong labels is therefore `noise_share` * (C - 1) / C. The draws are
-  independent: the validation and test tasks do not depend on `foreign_share` or
-  `noise_share`.
+  expected share of wrong labels is therefore `noise_share` * (C - 1) / C. The
+  validation and test tasks do not depend on `foreign_share` or `noise_share`.
 
   NestedMAML can learn one weight for all tasks of a group. Groups are k-means clusters
   (scikit-learn) of descriptors with an entry for every class of `foreign` and `train`,
@@ -245,7 +245,8 @@ def _draw(source, number, shape, rng):
   if fewest < size:
     raise base.InputError(
       f"a task needs num_shots + num_queries = {size} images of a class, but a class of"
-      f" {name} has {fewest}. Lower num_shots or num_queries."
+      f" {name} has {fewest} (after label noise, if there is any). Lower num_shots or"
+      " num_queries."
     )
   rows = np.empty((number, num_ways, size), np.int64)
   classes = np.empty((number, num_ways), np.int64)

@@ -43,7 +43,7 @@ def standard_library() -> Texts:
   """The texts of the running Python.
 
   Raises:
-    InputError: this installation has no sources of the standard library.
+    InputError: this installation has fewer than 100 sources of the standard library.
   """
   folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
   paths = [
@@ -89,11 +89,11 @@ def corrupted_documents(
   Returns:
     Splits whose `image` is the first T bytes of a document, uint8 [N, T], and whose
     `label` is the byte after each of them, int32 [N, T]. `group` is the kind of a
-    training document, an index into `KINDS`; `true_label` is the label.
+    document, an index into `KINDS`; `true_label` is the label.
 
   Raises:
-    InputError: `length` is not a positive integer, a size is negative, `fraction` is
-      not in [0, 1], or there is less text than needed.
+    InputError: `length` is not a positive integer, a size or the seed is negative or
+      not an integer, `fraction` is not in [0, 1], or there is less text than needed.
   """
   base.check_integer("length", length)
   examples_lib.check_sizes(num_train=num_train, num_meta=num_meta, num_test=num_test)

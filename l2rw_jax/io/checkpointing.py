@@ -44,7 +44,9 @@ class Checkpointer:
     max_to_keep: int = 2,
     read_only: bool = False,
   ):
-    """Opens or creates `directory` and removes incomplete checkpoints.
+    """Opens `directory`.
+
+    Unless `read_only`, creates it if necessary and removes incomplete checkpoints.
 
     Args:
       directory: a folder for the checkpoints of one run and nothing else.
@@ -115,12 +117,12 @@ class Checkpointer:
       start = "the start" if last is None else f"step {last}"
       raise base.InputError(
         f"cannot write the checkpoint of step {step} in {self._directory}:"
-        f" {_reason(error)}. Free some space and run the same command again: it"
-        f" continues from {start}"
+        f" {_reason(error)}. Correct this (if the disk is full, free some space) and"
+        f" run the same command again: it continues from {start}"
       ) from error
 
   def restore_latest(self, like: base.PyTree) -> Restored | None:
-    """Restores the latest intact checkpoint, and deletes damaged ones.
+    """Restores the latest intact checkpoint, and deletes later, damaged ones.
 
     Args:
       like: pytree with the structure, shapes and dtypes of the saved state; its
@@ -176,9 +178,9 @@ class Checkpointer:
     misfit = _misfit(record["leaves"], like)
     if misfit:
       raise base.InputError(
-        f"{self._directory} holds checkpoints of another model or method, or of another"
-        f" number of examples or seeds: {misfit}. Choose another --workdir, or delete"
-        " this one."
+        f"{self._directory} holds checkpoints of another model, method or optimizer, or"
+        f" of another number of examples or seeds: {misfit}. Choose another --workdir,"
+        " or delete this one."
       )
     return Restored(step, _unpack(record["leaves"], arrays, like), record["host"])
 

@@ -105,7 +105,8 @@ class MetricWriter:
     except OSError as error:
       raise base.InputError(
         f"cannot write {self._path}: {error.strerror}."
-        " Free some space and run the same command again."
+        " Correct this (if the disk is full, free some space) and run the same command"
+        " again."
       ) from error
     self._history.append(line)
     try:

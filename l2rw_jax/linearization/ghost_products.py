@@ -189,7 +189,7 @@ class PerExampleGradients:
     return vjp_fn(cotangents)[0]
 
   def _values_at(self, places, leaves):
-    """The values at some places as a function of some leaves."""
+    """The values at some places as a function of the leaves with these indices."""
 
     def values_of(moving):
       values = self._values | dict(zip(leaves, moving, strict=True))
@@ -242,7 +242,7 @@ class PerExampleGradients:
     return place < len(self._leaves)
 
   def _formed(self, leaves):
-    """The gradients of some leaves, each [B, *shape]."""
+    """The gradients of the leaves with these indices, each [B, *shape]."""
     totals: dict[int, base.Array] = {}
     for use in self._uses:
       if not self._sources(use.place).isdisjoint(leaves):
@@ -282,6 +282,7 @@ class PerExampleGradients:
     """The place before casts and transpositions, and a permutation of axes.
 
     Axis a of the value at the given place is axis `permutation[a]` at the returned one.
+    For a convolution, only casts are undone. `name` is the operation of the use.
     """
     permutation = list(range(jnp.ndim(self._values[place])))
     while place in self._producers:

@@ -115,8 +115,8 @@ def choose(
     A `Choice`.
 
   Raises:
-    InputError: no plan fits (the message gives the least memory of all plans), or no
-      plan applies.
+    InputError: no plan fits (the message gives the least memory of all plans), no plan
+      applies, or `plans` is empty.
 
   Example:
     >>> import jax.numpy as jnp

@@ -14,10 +14,10 @@ from l2rw_jax import base
 
 
 def zero_after(first: base.PyTree) -> base.Array:
-  """A 0 in float32 that depends on all floating-point arrays of `first`.
+  """A 0 in float32 that depends on the floating-point and complex arrays of `first`.
 
   Args:
-    first: pytree of arrays; only floating-point and complex ones are used.
+    first: pytree of arrays.
   """
   entries = [
     _first_entry(x)

@@ -105,11 +105,12 @@ def norms(
     range of its type is infinite or 0 (in float32, above 1.8e19 and below 1e-19).
 
   Raises:
-    InputError: the losses are not floating-point numbers of shape [B], `params` has no
-      trainable leaf, `batch` is sharded over an explicit mesh, `engine` is unknown
-      or does not support the model, or `microbatch_size` is invalid (see
-      `microbatching.microbatched`). With engine="vmap", it is also raised if examples
-      depend on each other; under `jit` the results are NaN instead.
+    InputError: the losses are not floating-point numbers of shape [B] or are empty,
+      `params` has no trainable leaf, `batch` is sharded over an explicit mesh, `engine`
+      is unknown or does not support the model, or `microbatch_size` is invalid (see
+      `microbatching.microbatched`). If "vmap" is used, given or selected by
+      "auto", examples that depend on each other are an error, too; under `jit` the
+      results are NaN instead.
 
   Example:
     >>> import jax.numpy as jnp
@@ -340,7 +341,8 @@ def _map(
     whole: whether `step` needs the gradients of all examples at once.
 
   Returns:
-    The last carry, the results with a row per example, and an `Info` without norms.
+    The last carry, the results with a row per example, and an `Info` whose norms the
+    caller must replace.
   """
   if engine not in ENGINES:
     raise base.InputError(f"engine={engine!r}: choose one of {ENGINES}.")

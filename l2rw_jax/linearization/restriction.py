@@ -52,13 +52,14 @@ def restricted(
     linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.
     layers: the parameters to use, in one of these forms. A number in (0, 1] is a share
       of the FLOPs of `directional`. It selects the last layers, as many as fit into
-      this share, and needs a model to which the layerwise engine applies. A
-      parameter that costs less than half of the one that is used before it, such as a
-      bias, is selected only together with that one. A string
-      or a list of strings selects the parameters whose path has such a name among its
-      components ("Dense_2", "block_3/qkv"). A function takes a path, such as
-      "params/Dense_2/kernel", and returns whether the parameter is used. None selects
-      all parameters; the result is then `linearize` itself.
+      this share, and needs a model to which the layerwise engine applies and which
+      uses no parameters in a loop or under `jax.checkpoint`. A parameter that costs
+      less than half of the one that is used before it, such as a bias, is selected only
+      together with that one. A string or a list of strings selects the parameters
+      whose path has such a name among its components ("Dense_2", "block_3/qkv"). A
+      function takes a path, such as "params/Dense_2/kernel", and returns whether the
+      parameter is used. None selects all parameters; the result is then `linearize`
+      itself.
 
   Returns:
     A function of the arguments of `linearize` that returns a `base.Linearized`. The

@@ -77,13 +77,14 @@ def example_weights(
 
   Returns:
     Weights [B], from 0 to 1 / (gamma alpha) plus uniform_share / B, constant under
-    differentiation; log u, scalar. A loss that is NaN, or whose exponential is
-    infinite, makes all weights and log u NaN, unless lambda is infinite, which makes
-    the weights 1 / B. To skip such a step, keep the previous log u.
+    differentiation; log u, scalar. A loss that is NaN, or infinite with the sign of
+    lambda, makes all weights and log u NaN, unless lambda is infinite, which makes the
+    weights 1 / B. To skip such a step, keep the previous log u.
 
   Raises:
-    InputError: the losses do not have shape [B] or are empty, or a setting that is not
-      traced is out of range. A traced lambda of 0 gives NaN weights.
+    InputError: the losses are not floating-point numbers of shape [B] or are empty, or
+      a setting that is not traced is out of range. A traced lambda of 0 gives NaN
+      weights.
 
   >>> import jax.numpy as jnp
   >>> losses = jnp.log(jnp.array([1., 4., 16.]))
@@ -106,7 +107,8 @@ def example_weights(
   # The square root is NaN for a traced lambda of 0, and 1 otherwise.
   is_zero = jnp.abs(lam) < jnp.finfo(dtype).tiny
   lam = jnp.where(is_zero, 1, lam) * jnp.sqrt(jnp.where(is_zero, -1.0, 1.0))
-  # u would be infinite, and all later weights 0. A finite loss is only clipped.
+  # A score of +infinity would make u infinite and all later weights 0, so it becomes
+  # NaN. Other scores are only clipped.
   is_infinite = jnp.isinf(scores) & ((scores > 0) == (lam > 0))
   scores = jnp.clip(scores / lam.astype(dtype), -limit, limit)
   scores = scores * jnp.sqrt(jnp.where(is_infinite, -1.0, 1.0)).astype(dtype)
@@ -241,9 +243,11 @@ def _check_settings(lam, gamma, alpha, clip, uniform_share=0.0):
     raise base.InputError(f"absgd: gamma={gamma} must be above 0 and at most 1.")
   for name, value in (("alpha", alpha), ("clip", 1 if clip is None else clip)):
     if not base.is_traced(value) and not 0 < value < math.inf:
-      raise base.InputError(f"absgd: {name}={value} must be a number above 0.")
+      raise base.InputError(f"absgd: {name}={value} must be above 0, and finite.")
   if not base.is_traced(uniform_share) and not 0 <= uniform_share < math.inf:
-    raise base.InputError(f"absgd: uniform_share={uniform_share} must be at least 0.")
+    raise base.InputError(
+      f"absgd: uniform_share={uniform_share} must be at least 0, and finite."
+    )
 
 
 def _check_lam(lam):
@@ -251,6 +255,7 @@ def _check_lam(lam):
   # Most devices flush float32 numbers below the smallest normal number to 0.
   if not base.is_traced(lam) and not abs(lam) >= np.finfo(np.float32).tiny:
     raise base.InputError(
-      f"absgd: lam={lam} must not be 0. Use a positive number for imbalance, a negative"
-      " one for wrong labels, and math.inf for the plain mean."
+      f"absgd: lam={lam} must be a number that is not 0 in float32. Use a positive"
+      " number for imbalance, a negative one for wrong labels, and math.inf for the"
+      " plain mean."
     )

@@ -23,7 +23,7 @@ Differences from the released code: this module stores log q instead of q and co
 it relative to the worst group, so that large losses do not overflow and a q below the
 smallest float can grow again. The released code also adds the size adjustment
 C / sqrt(N_g) to absent groups, where N_g is the number of training examples of group g;
-here, as in the paper's algorithm, an absent group does not change.
+here, as in the paper's algorithm, q of an absent group is only divided by Z.
 
 References:
   Sagawa, Koh, Hashimoto, Liang, "Distributionally Robust Neural Networks for Group
@@ -70,9 +70,10 @@ def example_weights(
     the groups in the batch. A NaN loss makes all weights NaN.
 
   Raises:
-    InputError: losses and groups do not both have shape [B], log_q does not have shape
-      [G], or adjustments neither have this shape nor are a scalar; unless traced, a
-      group does not exist or the step size is out of range.
+    InputError: the losses are not floating-point numbers of shape [B], the groups are
+      not integers of this shape, log_q does not have shape [G], or adjustments neither
+      have shape [G] nor are a scalar; unless traced, a group does not exist or the step
+      size is out of range.
 
   >>> import jax.numpy as jnp
   >>> losses, groups = jnp.array([0., 2., 2.]), jnp.array([0, 0, 1])

@@ -108,7 +108,7 @@ class Learner(NamedTuple):
   preprocess: Callable[[Any], Any] | None = None
 
   def check(self, batch: base.Batch, num_classes: int) -> None:
-    """Raises InputError unless `batch` contains tasks of the expected form."""
+    """Raises InputError unless the settings, the network and `batch` fit together."""
     _check_settings(self)
     image, label = np.shape(batch["image"]), np.shape(batch["label"])
     if len(image) != 6 or image[2] <= self.num_shots:
@@ -126,14 +126,15 @@ class Learner(NamedTuple):
     if label[1:] != expected.shape or np.any(batch["label"] != expected):
       raise base.InputError(
         "the label of a way is its position: label must be [T, ways * queries]"
-        f" with every row {expected.tolist()}; reorder the images instead."
+        f" with every row {expected.tolist()}; reorder the images, not the labels."
       )
     key = jax.random.key(0)
     params, state = jax.eval_shape(lambda: self.init(key, _first(batch)))
     if jax.tree.leaves(state):
       raise base.InputError(
         f"the network has the state {', '.join(state)}; a learner needs a network"
-        " without state, such as conv4.Conv4 (BatchNorm with batch statistics)."
+        " without state, such as conv4.Conv4, whose BatchNorm has no running"
+        " statistics."
       )
     logits = jax.eval_shape(
       lambda p: self.forward(p, {}, _first(batch), key, False)[0], params

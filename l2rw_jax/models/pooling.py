@@ -12,7 +12,8 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
   The values are those of `flax.linen.max_pool`. They are computed as maxima of shifted
   slices, first over rows and then over columns, because the gradient of `reduce_window`
   (select-and-scatter) took 40% of a LeNet step on XLA:CPU. If several inputs are tied
-  for the maximum, one of them gets the gradient: the first one in the first column.
+  for the maximum, one of them gets the gradient: among those in the leftmost column,
+  the topmost one.
   """
   for axis in (1, 2):
     x = _pool_axis(x, window, stride, axis)

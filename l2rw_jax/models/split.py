@@ -27,7 +27,10 @@ class SplitNetwork(nn.Module):
 
 
 def output_layer(num_outputs: int, cosine: bool, **options: Any) -> nn.Module:
-  """The last layer: `nn.Dense(num_outputs, **options)`, or a `Cosine` of this name."""
+  """The last layer: `nn.Dense(num_outputs, **options)`, or a `Cosine` if `cosine`.
+
+  `options` must contain `name`, the only option that a `Cosine` takes.
+  """
   if cosine:
     return Cosine(num_outputs, name=options["name"])
   return nn.Dense(num_outputs, **options)

@@ -61,7 +61,7 @@ class Run:
     devices: the devices that train, in all processes.
     step: number of updates sent to the devices; they are done once `fetch` has
       returned.
-    state: the training state on the devices, [D, R, ...].
+    state: the training state on the devices, [D, R, ...] for D devices.
     sampler: the sampler that draws the rows of each step.
     steps_per_call: K, the number of steps in a full call.
     timer: the timer of training. It is stopped while programs are compiled.
@@ -80,7 +80,7 @@ class Run:
     """Initializes the runs and copies their data to the devices.
 
     Args:
-      config: settings, which must satisfy `config.check`.
+      config: settings, which `training.config.check` must accept.
       model: the network and its loss.
       method: the method that computes gradients from batches.
       optimizer: the optimizer of the network.
@@ -206,8 +206,13 @@ class Run:
     or the method has `refresh` or `sample`.
 
     Returns:
-      The number of steps: `steps_per_call` (or that of a shorter epoch), or 1 if fewer
-      steps remain before the host has to log, evaluate or save.
+      The number of steps: `steps_per_call` (or all steps of a shorter epoch), or 1 if
+      fewer steps remain before the host has to log, evaluate or save, or, if it acts
+      between epochs, before the next epoch.
+
+    Raises:
+      InputError: the method's `sample` returns rows that do not exist or do not fill a
+        batch.
     """
     self._probe_epochs()
     self._refresh()

@@ -199,7 +199,7 @@ def test_full_disk_is_an_error_of_one_line_and_the_command_continues(tmp_path):
   module = f"experiments.{_NAME}"
   done = scripts.start("-c", scripts.FULL_DISK, module, 200_000, *flags, cwd=tmp_path)
   scripts.assert_one_line(done, "cannot write the checkpoint of step 4")
-  assert "File too large. Free some space and run the same command" in done.stderr
+  assert "File too large. Correct this (if the disk is full, free" in done.stderr
   assert not list(tmp_path.rglob("results.json"))
   done = scripts.run(_NAME, *flags, cwd=tmp_path)
   assert done.status == 0 and done.stderr == ""

@@ -133,11 +133,11 @@ _MISTAKES = {
   "no_exemplars": (
     ["--num_exemplars=0"],
     "group 0 has no member in the exemplar set (10 of 10 groups have none): add"
-    " exemplars of it. Raise --num_exemplars.",
+    " examples of it. Raise --num_exemplars.",
   ),
   "no_inverted_exemplars": (
     ["--groups=inverted", "--num_exemplars=0", "--methods=forml_gap"],
-    "(2 of 2 groups have none): add exemplars of it. Raise --num_exemplars.",
+    "(2 of 2 groups have none): add examples of it. Raise --num_exemplars.",
   ),
   "exemplars_many": (["--num_exemplars=200"], "lower --num_exemplars"),
   "meta_batch": (["--meta_batch_size=51"], "between 1 and the 50 clean examples"),

@@ -186,7 +186,7 @@ def test_checkpoint_of_another_model_raises_and_is_kept(tmp_path, like, message)
   checkpointer.save(0, state, {})
   with pytest.raises(base.InputError, match=message) as caught:
     checkpointer.restore_latest(like)
-  assert "another model or method" in str(caught.value)
+  assert "another model, method or optimizer" in str(caught.value)
   assert_same(checkpointer.restore_latest(state).state, state)
 
 
@@ -463,7 +463,8 @@ def test_full_disk_is_an_error_of_one_line_and_keeps_the_previous_one(tmp_path):
   for limit in limits:
     message = (
       f"cannot write the checkpoint of step %d in {tmp_path}/{limit}: File too large."
-      " Free some space and run the same command again: it continues from %s"
+      " Correct this (if the disk is full, free some space) and run the same command"
+      " again: it continues from %s"
     )
     expected += [
       message % (1, "the start"),

@@ -177,7 +177,8 @@ def test_full_disk_is_an_error_of_one_line_and_the_run_can_continue(tmp_path):
   step, message = run.stdout.strip().split(" ", 1)
   assert message == (
     f"cannot write {tmp_path / 'metrics.jsonl'}: File too large."
-    " Free some space and run the same command again."
+    " Correct this (if the disk is full, free some space) and run the same command"
+    " again."
   )
   assert run.stderr.startswith("TensorBoard events are no longer written")
   assert run.stderr.count("\n") == 1

@@ -289,21 +289,21 @@ def _eager_weights(**settings):
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: absgd.absgd(0.0), "lam=0.0 must not be 0"),
-    (lambda: absgd.absgd(math.nan), "lam=nan must not be 0"),
-    (lambda: absgd.absgd(1e-42), "lam=1e-42 must not be 0"),
-    (lambda: absgd.absgd(lambda epoch: epoch), "lam=0 must not be 0"),
-    (lambda: absgd.two_stage(0, 3), "lam=0 must not be 0"),
+    (lambda: absgd.absgd(0.0), "lam=0.0 must be a number that is not 0"),
+    (lambda: absgd.absgd(math.nan), "lam=nan must be a number that is not 0"),
+    (lambda: absgd.absgd(1e-42), "lam=1e-42 must be a number that is not 0"),
+    (lambda: absgd.absgd(lambda epoch: epoch), "lam=0 must be a number that is not 0"),
+    (lambda: absgd.two_stage(0, 3), "lam=0 must be a number that is not 0"),
     (lambda: absgd.two_stage(2, -1), "from_epoch=-1 must be an integer of at least 0"),
     (lambda: absgd.absgd(1.0, gamma=0.0), "gamma=0.0 must be above 0"),
     (lambda: absgd.absgd(1.0, gamma=1.1), "gamma=1.1 must be above 0 and at most 1"),
     (lambda: absgd.absgd(1.0, gamma=math.nan), "gamma=nan"),
-    (lambda: absgd.absgd(1.0, alpha=0), "alpha=0 must be a number above 0"),
-    (lambda: absgd.absgd(1.0, alpha=math.inf), "alpha=inf must be a number above 0"),
-    (lambda: absgd.absgd(1.0, clip=-1), "clip=-1 must be a number above 0"),
+    (lambda: absgd.absgd(1.0, alpha=0), "alpha=0 must be above 0, and finite"),
+    (lambda: absgd.absgd(1.0, alpha=math.inf), "alpha=inf must be above 0, and finite"),
+    (lambda: absgd.absgd(1.0, clip=-1), "clip=-1 must be above 0, and finite"),
     (
       lambda: absgd.example_weights(jnp.ones(2), -jnp.inf, jnp.zeros(()), gamma=1.0),
-      "lam=0.0 must not be 0",
+      "lam=0.0 must be a number that is not 0",
     ),
     (
       lambda: absgd.example_weights(jnp.ones((2, 2)), -jnp.inf, 1.0, gamma=1.0),
@@ -318,11 +318,11 @@ def _eager_weights(**settings):
       lambda: _eager_weights(gamma=jnp.array(2.0)),
       "gamma=2.0 must be above 0 and at most 1",
     ),
-    (lambda: _eager_weights(alpha=-1.0), "alpha=-1.0 must be a number above 0"),
-    (lambda: _eager_weights(clip=math.nan), "clip=nan must be a number above 0"),
+    (lambda: _eager_weights(alpha=-1.0), "alpha=-1.0 must be above 0, and finite"),
+    (lambda: _eager_weights(clip=math.nan), "clip=nan must be above 0, and finite"),
     (
       lambda: _eager_weights(uniform_share=-1),
-      "uniform_share=-1 must be at least 0",
+      "uniform_share=-1 must be at least 0, and finite",
     ),
   ],
 )
@@ -479,7 +479,7 @@ def test_normalizer_is_reset_only_when_lambda_changes():
 
 def test_schedule_that_reaches_zero_is_refused():
   method = absgd.absgd(lambda epoch: 2.0 - epoch)
-  with pytest.raises(base.InputError, match=r"lam=0\.0 must not be 0"):
+  with pytest.raises(base.InputError, match=r"lam=0\.0 must be a number that is not 0"):
     _state(method, epoch=2)
 
 

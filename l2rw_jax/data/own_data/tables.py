@@ -10,7 +10,8 @@ from l2rw_jax import base
 from l2rw_jax.data.own_data import containers
 from l2rw_jax.data.own_data import csv_files
 
-# In a shorter table, the values of a feature may number the rows or repeat the labels.
+# In a shorter table, the values of a feature may number the rows or repeat the labels
+# by chance.
 _LEAST_ROWS = 20
 
 
@@ -89,7 +90,10 @@ def read_table(path: pathlib.Path, label_column: str | None) -> containers.Raw:
 
 
 def is_copy(column: np.ndarray, labels: np.ndarray) -> bool:
-  """Whether every value of a column belongs to one label, and every label to one."""
+  """Whether each value of a column belongs to one label, and each label to one value.
+
+  False if there are fewer than 20 rows or two labels.
+  """
   number = len(set(labels))
   if len(labels) < _LEAST_ROWS or number < 2 or len(set(column)) != number:
     return False
