@@ -119,7 +119,8 @@ def module(name: str, dtype: str, cosine: bool = False) -> nn.Module:
 
   Args:
     name: a key of `NETWORKS`.
-    dtype: the type of the computation.
+    dtype: the type of the computation, which networks without `supports_bfloat16`
+      ignore.
     cosine: whether the last layer is a cosine classifier; see `models.split`.
   """
   network = NETWORKS[name]

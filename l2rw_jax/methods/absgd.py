@@ -24,8 +24,8 @@ written, which overflow in float32 if l / lambda is 89 or more. This module stor
 v = log u and computes everything relative to the largest l / lambda of the batch. The
 numbers are the same, and they are finite for any finite losses (in float32, u has a
 relative error of about 1e-7 |v|). The released code treats any lambda of 200 or more as
-infinite, and never changes a finite lambda. A new lambda changes the unit of u, so this
-module resets u when lambda changes.
+infinite. If a finite lambda changes (which it does not in the published commands), the
+released code keeps u, whose unit depends on lambda; this module resets u.
 
 References:
   Qi, Xu, Yin, Jin, Yang, "Attentional-Biased Stochastic Gradient Descent", TMLR

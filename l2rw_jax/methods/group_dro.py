@@ -23,7 +23,9 @@ Differences from the released code: this module stores log q instead of q and co
 it relative to the worst group, so that large losses do not overflow and a q below the
 smallest float can grow again. The released code also adds the size adjustment
 C / sqrt(N_g) to absent groups, where N_g is the number of training examples of group g;
-here, as in the paper's algorithm, q of an absent group is only divided by Z.
+here, as in the paper's algorithm, q of an absent group is only divided by Z. The
+released options that normalize the groups' losses or select groups greedily (`btl`) are
+left out.
 
 References:
   Sagawa, Koh, Hashimoto, Liang, "Distributionally Robust Neural Networks for Group

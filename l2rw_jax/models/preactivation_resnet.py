@@ -24,9 +24,9 @@ class PreActivationResNet(split.SplitNetwork):
   does not scale. Dropout precedes the first convolution of a unit.
 
   The released code differs from the usual network in the first stage, where a flag is
-  set for the first unit and never reset: all units of this stage begin with their
-  convolution, without BN, ReLU or dropout. With `full_first_stage`, only the first unit
-  does, because the stem has already activated its input.
+  set for the first unit and not reset for the others: all units of this stage begin
+  with their convolution, without BN, ReLU or dropout. With `full_first_stage`, only the
+  first unit does, because the stem has already activated its input.
 
   Convolutions are initialized from N(0, 2 / (k^2 C_out)) truncated at two standard
   deviations, and the output layer on d features from U(+-sqrt(3 / d)). Biases start at
