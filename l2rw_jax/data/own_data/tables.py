@@ -16,7 +16,10 @@ _LEAST_ROWS = 20
 
 
 def parse_name(place: str, label_column: str | None) -> tuple[pathlib.Path, str | None]:
-  """Parses FILE or FILE#NAME into the path and the name of the label column."""
+  """Parses FILE or FILE#NAME into the path and the name of the label column.
+
+  `place` is the whole path if `label_column` is given or such a file exists.
+  """
   path = pathlib.Path(place).expanduser()
   if label_column is None and not path.exists() and "#" in place:
     file, _, label_column = place.rpartition("#")
