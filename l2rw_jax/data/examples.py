@@ -37,8 +37,8 @@ class Examples(NamedTuple):
     true_label: the true labels, of the same shape.
     index: int32 [N], 0 .. N - 1, the row in this part.
     source_index: int32 [N], the row in the source split, ascending.
-    group: int32 [N], the attribute for which training should be fair; None if it is
-      the true class, which, as `true_label`, methods may use only on the meta set.
+    group: int32 [N], the attribute for which training should be fair; None stands for
+      `true_label`. Methods may use true classes only on the meta set.
   """
 
   image: Any
@@ -54,13 +54,13 @@ class Splits(NamedTuple):
 
   Attributes:
     train: the training set, with wrong labels or imbalanced classes.
-    meta: the meta set, clean and class-balanced; N = 0 if there is none.
+    meta: the meta set, clean; N = 0 if there is none.
     validation: a set like `train`, for tuning; N = 0 if there is none.
     test: the test set, clean.
     num_classes: C.
-    fingerprint: 16 hex digits of a SHA-256 over the names and versions of the data
-      sets and over the source rows and labels of all four parts, and their groups
-      if these are not the classes.
+    fingerprint: 16 hex digits of a SHA-256. `assemble` hashes the names and versions of
+      the data sets and the source rows and labels of all four parts, and their groups
+      if these are not the classes; `from_arrays` hashes shapes and labels.
   """
 
   train: Examples
@@ -533,7 +533,7 @@ def integers(what: str, values: Any) -> np.ndarray:
 
   Raises:
     InputError: the values have an unsupported type, are masked or are ragged lists, or
-      one of them does not fit into int32.
+      one of them is not an integer that fits into int32.
   """
   _refuse_mask(what, values)
   try:
@@ -551,7 +551,7 @@ def integers(what: str, values: Any) -> np.ndarray:
   ):
     raise base.InputError(
       f"{what} must be integers; got values of type {array.dtype}, the first is"
-      f" {array.flat[0]!r}: number the classes from 0"
+      f" {array.flat[0]!r}: use numbers from 0"
     )
   limits = np.iinfo(np.int32)
   wide = array if array.dtype.kind in "biu" else array.astype(np.float64)
@@ -577,8 +577,8 @@ def check_examples(examples: Examples, where: str) -> Examples:
     where: name of the examples in the message, such as `train of seed 0`.
 
   Raises:
-    InputError: an array is masked, a column does not contain integers, or its length is
-      not the number of images.
+    InputError: an array is masked, the images are neither an array nor a row source, a
+      column does not contain integers, or its length is not the number of images.
   """
   columns = {
     name: integers(f"{name} in {where}", getattr(examples, name))
@@ -605,7 +605,8 @@ def check_examples(examples: Examples, where: str) -> Examples:
 def check_sources(train: sources.Source, test: sources.Source) -> None:
   """Raises InputError unless two sources are valid and have the same kind of data.
 
-  Both must have uint8 or floating-point images of the same shape, and the same classes.
+  Both must have images of one shape, all uint8 or all floating point, and the same
+  classes. Two different slices of one split are refused, because they may share images.
   """
   for source in (train, test):
     what = f"{source.name} {source.split}"
@@ -618,25 +619,25 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
   one, other = (
     (source.images.shape[1:], source.num_classes) for source in (train, test)
   )
+  both = f"{train.name} {train.split} and {test.name} {test.split}"
   if train[:2] == test[:2] and train.split != test.split:
     whole = [source.split.partition("[")[0] for source in (train, test)]
     if whole[0] == whole[1]:
       raise base.InputError(
         f"{train.split} and {test.split} of {train.name} may share images; give the"
-        f" whole split {whole[0]} twice, or take test from another split"
+        f" whole split {whole[0]} twice, or take one of the two from another split"
       )
   if one != other:
     raise base.InputError(
-      f"train and test do not match: images of shape {one[0]} in {one[1]} classes"
+      f"{both} do not match: images of shape {one[0]} in {one[1]} classes"
       f" compared with {other[0]} in {other[1]}"
     )
   # Networks divide uint8 pixels by 255, but not floats.
   kinds = [_kind(source.images, source.name)[0] for source in (train, test)]
   if kinds[0] != kinds[1]:
     raise base.InputError(
-      f"train and test do not match: the pixels of {train.name} {train.split} are"
-      f" {kinds[0]}, and those of {test.name} {test.split} {kinds[1]}; convert one of"
-      " them"
+      f"{both} do not match: the pixels of {train.name} {train.split} are {kinds[0]},"
+      f" and those of {test.name} {test.split} {kinds[1]}; convert one of them"
     )
   names, others = train.class_names, test.class_names
   if names and others and names != others:
@@ -644,9 +645,9 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
       i for i, pair in enumerate(zip(names, others, strict=True)) if pair[0] != pair[1]
     )
     raise base.InputError(
-      f"train and test do not match: class {label} is {names[label]!r} in"
-      f" {train.split} of {train.name} and {others[label]!r} in {test.split} of"
-      f" {test.name}; give both the same classes"
+      f"{both} do not match: class {label} is {names[label]!r} in {train.split} of"
+      f" {train.name} and {others[label]!r} in {test.split} of {test.name}; give both"
+      " the same classes"
     )
 
 

@@ -240,6 +240,6 @@ def _check_meta(config, method, num_meta):
     )
   if config.meta_batch_size is not None and config.meta_batch_size > num_meta:
     raise base.InputError(
-      f"--meta_batch_size={config.meta_batch_size} must lie between 1 and the"
-      f" {num_meta} clean examples."
+      f"--meta_batch_size={config.meta_batch_size} is larger than the meta set of"
+      f" {num_meta} clean examples; lower it, or leave it out to use all of them."
     )

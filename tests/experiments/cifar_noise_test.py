@@ -174,7 +174,7 @@ _MISTAKES = {
   "momentum": (["--momentum=2"], "--momentum=2 must lie between 0 and"),
   "no_meta": (["--num_meta=0"], "needs a meta set of clean examples"),
   "large_meta": (["--num_meta=30"], "the meta set needs 30: lower --num_meta"),
-  "meta_batch": (["--meta_batch_size=21"], "=21 must lie between 1 and the 20 clean"),
+  "meta_batch": (["--meta_batch_size=21"], "larger than the meta set of 20 clean"),
   "batch": (["--batch_size=161"], "larger than the 160 training examples"),
   "nothing_left": (["--num_validation=180"], "nothing is left to train on"),
   "mentor": (["--methods=mentornet_pd"], "needs a mentor of that curriculum"),

@@ -118,7 +118,7 @@ _MISTAKES = {
     ["--num_meta=0", "--methods=l2rw"],
     "clean examples, but the set is empty: raise --num_meta",
   ),
-  "meta_batch": (["--meta_batch_size=101"], "must lie between 1 and the 100 clean"),
+  "meta_batch": (["--meta_batch_size=101"], "is larger than the meta set of 100 clean"),
   "batch": (["--batch_size=469"], "is larger than the 468 training examples"),
   "deferred": (["--deferred=1.5"], "--deferred=1.5 must lie"),
   "never": (

@@ -277,7 +277,7 @@ _MISTAKES = {
     "clean examples, but the set is empty",
   ),
   "meta_many": (["--num_meta=500"], "lower --num_meta"),
-  "meta_batch": (["--meta_batch_size=51"], "must lie between 1 and the 50 clean"),
+  "meta_batch": (["--meta_batch_size=51"], "is larger than the meta set of 50 clean"),
   "plateau": (["--plateau"], "--plateau needs a validation set: give --num_validation"),
   "plateau_meta": (
     ["--plateau", "--plateau_data=meta", "--num_meta=0"],
