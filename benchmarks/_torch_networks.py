@@ -1,4 +1,4 @@
-"""The networks of the benchmark, written in idiomatic PyTorch.
+"""The networks of `benchmarks.step_time`, written in idiomatic PyTorch.
 
 Images have the layout NCHW. The layers are in the order in which flax numbers them and
 use the epsilons of flax, so that parameters can be copied between the frameworks.
@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 _CLASSES = 10
-_NORM_EPSILON = 1e-6  # flax's default; PyTorch's is 1e-5.
+# flax's default for LayerNorm and GroupNorm; PyTorch's is 1e-5, which is flax's default
+# for BatchNorm, too.
+_NORM_EPSILON = 1e-6
 
 
 class MLP(nn.Module):

@@ -86,7 +86,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
   kept_learning_rate: float = flag(
     3000.0,
-    "Learning rate of the example weights, which kept_weights stores between steps.",
+    "Initial learning rate of the weights that kept_weights stores for the examples.",
     bounds=settings_lib.Bounds(0, 1e9),
     methods=["kept_weights"],
   )

@@ -52,7 +52,7 @@ def softmax_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not match.
+    InputError: the shapes or types do not match.
 
   >>> import jax.numpy as jnp
   >>> logits, labels = jnp.zeros((3, 4)), jnp.array([0, 7, -1])
@@ -85,7 +85,7 @@ def sigmoid_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not match.
+    InputError: the shapes or types do not match.
   """
   check_logits(logits, labels, where)
   if logits.shape[1] != 1:
@@ -108,7 +108,7 @@ def predictions(logits: base.Array) -> base.Array:
     logits: [B, C] or [B, ..., C]; C = 1 is a single logit per prediction.
 
   Raises:
-    InputError: the logits have fewer than two axes.
+    InputError: the logits are not an array or have fewer than two axes.
   """
   _check_array("logits", logits)
   if logits.ndim < 2:
@@ -126,7 +126,7 @@ def log_probabilities(logits: base.Array) -> base.Array:
   [[0.25 0.75]]
 
   Raises:
-    InputError: the logits do not have two axes.
+    InputError: the logits are not an array or do not have two axes.
   """
   _check_array("logits", logits)
   if logits.ndim != 2:
@@ -161,7 +161,7 @@ def focal(
     Losses [B].
 
   Raises:
-    InputError: `gamma` is negative or infinite, or the shapes do not match.
+    InputError: `gamma` is negative or infinite, or the shapes or types do not match.
 
   References:
     Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection",
@@ -210,8 +210,8 @@ def symmetric_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: a factor is negative or infinite, both are 0, or the shapes do not
-      match.
+    InputError: a factor is negative or infinite, both are 0, or the shapes or types do
+      not match.
 
   References:
     Wang, Ma, Chen, Luo, Yi, Bailey, "Symmetric Cross Entropy for Robust Learning
@@ -257,7 +257,7 @@ def generalized_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: `q` or `threshold` is out of range, or the shapes do not match.
+    InputError: `q` or `threshold` is out of range, or the shapes or types do not match.
 
   References:
     Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural
@@ -308,7 +308,7 @@ def bootstrapping_soft(
     Losses [B].
 
   Raises:
-    InputError: `beta` is outside [0, 1], or the shapes do not match.
+    InputError: `beta` is outside [0, 1], or the shapes or types do not match.
 
   References:
     Reed, Lee, Anguelov, Szegedy, Erhan, Rabinovich, "Training Deep Neural Networks
@@ -365,7 +365,7 @@ def forward_corrected(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not match.
+    InputError: the shapes or types do not match.
 
   References:
     Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label
@@ -417,7 +417,7 @@ def balanced_softmax(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not match, or `class_counts` are invalid, see
+    InputError: the shapes or types do not match, or `class_counts` are invalid, see
       `class_balance.inverse_frequency`.
 
   References:

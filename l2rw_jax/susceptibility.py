@@ -84,8 +84,7 @@ def loss_drop(
   Raises:
     InputError: the losses are not one floating-point number per example, the batch is
       empty, `params` has no trainable leaf, the result of `losses_fn` does not match
-      `has_aux`, or the update of the optimizer needs arguments other than `params` and
-      `value`.
+      `has_aux`, or `hypergradient.lookahead_params` refuses the optimizer.
     FloatingPointError: outside `jit`, if a loss or the gradient is not finite.
   """
 
@@ -131,8 +130,8 @@ def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:
     num_classes: C.
 
   Raises:
-    InputError: the seed is negative, there are no examples, or `num_classes` is not an
-      integer of at least 2.
+    InputError: the seed is not an integer of at least 0, there are no examples, or
+      `num_classes` is not an integer of at least 2.
   """
   seed = base.check_integer("random_labels: seed", seed, 0)
   if num_examples < 1:

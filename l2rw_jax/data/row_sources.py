@@ -40,9 +40,9 @@ def fit_in_memory(size: int, shape: Sequence[int]) -> bool:
 def memory() -> int:
   """The number of bytes of memory that this process may use.
 
-  It is the size of the machine's memory or the smallest limit of its control groups,
-  which are those of containers and cluster jobs. A process that exceeds such a limit is
-  killed.
+  It is the size of the machine's memory, or the smallest limit of the control groups of
+  this process if that is less. Containers and cluster jobs have such groups, and a
+  process that exceeds a limit is killed.
   """
   physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   return min([physical, *_limits()])

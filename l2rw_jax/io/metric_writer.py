@@ -122,7 +122,7 @@ class MetricWriter:
     This function may be called twice.
 
     Raises:
-      InputError: the file cannot be written.
+      InputError: the file cannot be written, or `metrics.jsonl` is damaged.
     """
     if self._file.closed:
       return

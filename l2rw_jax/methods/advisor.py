@@ -7,7 +7,7 @@ that lower the loss of clean examples:
 
     pre-loss      l = cross-entropy of head(f), without a gate and without a gradient
     gate          W = sigmoid(C [relu(A f + a); relu(b l + b0)] + c) in (0, 1)^d
-    virtual step  p' = p - a grad_p mean CE(head(f * W)), for backbone and head
+    virtual step  p' = p - eta grad_p mean CE(head(f * W)), for backbone and head
     meta step     an Adam step of the advisor on the gradient of the meta loss at p';
                   the meta loss is computed without a gate
     real step     a step of p on grad_p mean CE(head(f * W)), with the new advisor's W
@@ -100,7 +100,8 @@ def advisor(
     its state is a `meta_network.State`.
 
   Raises:
-    InputError: `every` is not a positive integer, or the network cannot be split.
+    InputError: `every` is not a positive integer; in training, the network cannot be
+      split.
   """
   every = base.check_integer("advisor: every", every)
   meta_optimizer = optimizer or optax.adam(1e-4)

@@ -1,8 +1,8 @@
 """LDAM-DRW: larger margins for rarer classes, class balancing late in training.
 
-The logits of the classifier are cosines z in [-1, 1] (pass `cosine=True` to the
-networks of this library, see `models.split.Cosine`). Evaluation predicts the class with
-the largest cosine, without margins.
+The logits of the classifier are cosines z in [-1, 1] (pass `cosine=True` to
+networks of this library with this attribute, see `models.split.Cosine`). Evaluation
+predicts the class with the largest cosine, without margins.
 
 References:
   Cao, Wei, Gaidon, Arechiga, Ma, "Learning Imbalanced Datasets with
@@ -39,7 +39,7 @@ def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
     Margins [C].
 
   Raises:
-    InputError: `max_margin` is negative, or `class_counts` are invalid, see
+    InputError: `max_margin` is negative or infinite, or `class_counts` are invalid, see
       `class_balance.inverse_frequency`.
 
   >>> import jax.numpy as jnp
@@ -76,7 +76,8 @@ def ldam(
     Losses [B], in nats; NaN for a label that is not a class.
 
   Raises:
-    InputError: `scale` is not positive, or the shapes do not match.
+    InputError: `scale` is infinite or not positive, or the shapes or types do not
+      match.
   """
   _check_scale(scale)
   is_label, wide, class_margins = _checked(cosines, labels, class_margins, where)
@@ -153,9 +154,9 @@ def ldam_drw(
   """LDAM with class balancing from some epoch on (LDAM-DRW, LDAM-DRS).
 
   `Gradients.losses` are LDAM losses, and `Gradients.weights` sum to 1 over the global
-  batch. If the network has a head, `refresh` checks that the logits are cosines. The
-  paper trains for 200 epochs of SGD with momentum. From epoch 160 on, it balances the
-  classes and divides the learning rate by 100.
+  batch. If the network has a head, `refresh` checks before epoch 0 that the logits are
+  cosines. The paper trains for 200 epochs of SGD with momentum. From epoch 160 on, it
+  balances the classes and divides the learning rate by 100.
 
   Args:
     max_margin: see `margins`.

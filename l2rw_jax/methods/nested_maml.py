@@ -77,8 +77,7 @@ class WeightGradient(NamedTuple):
     gradient: derivative of the validation loss with respect to each weight, [T].
     meta_loss: the validation loss at the look-ahead parameters, scalar.
     losses: losses of the training tasks (or items), [T].
-    finite: False if the losses of either set, or the gradient, contain a NaN or an
-      infinity; bool scalar.
+    finite: whether all quantities of the step are finite, see `fault`; bool scalar.
     zero_slope: whether the look-ahead step ignores the gradient (a learning rate of
       0), see `hypergradient.Direction`; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
@@ -122,7 +121,8 @@ def weight_gradient(
     has_aux: whether both losses functions return `(losses, aux)`.
 
   Raises:
-    InputError: `meta_tasks` is None, or an error of `hypergradient.direction`.
+    InputError: `meta_tasks` is None, or an error of `linearization.linearize` or
+      `hypergradient.direction`.
     FloatingPointError: outside `jit`, if a loss or a gradient is not finite.
 
   Example:
@@ -263,7 +263,7 @@ def nested_maml(
   Raises:
     InputError: a setting is out of range or does not apply to `share`; when an epoch
       begins, the cluster of a task is not in 0 to K - 1; or, in training, the batch has
-      no "index" or "group".
+      no "index" or "group", or with items its labels are not [T, Q].
   """
   _check_share(share, num_clusters=num_clusters, num_items=num_items)
   for name, value in (

@@ -22,7 +22,7 @@ class Predictions(NamedTuple):
   Attributes:
     labels: the labels of the examples, [N]; [N, Q] if an example has Q labels (the
       queries of a few-shot task).
-    predicted: the classes with the highest score, of the same shape.
+    predicted: the predicted classes, of the same shape.
     losses: per-example losses, [N].
     num_classes: C.
     groups: integer group of each example by an attribute, [N]; None if the groups are

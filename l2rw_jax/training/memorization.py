@@ -46,7 +46,8 @@ def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluatio
     several labels.
 
   Raises:
-    InputError: `batch_size` is below 1, or the splits have no part `unlabeled`.
+    InputError: `batch_size` is not an integer of at least 1, or the splits have no part
+      `unlabeled`.
   """
   batch_size = base.check_integer("susceptibility: batch_size", batch_size)
   if isinstance(unlabeled, str) and unlabeled not in _PARTS:

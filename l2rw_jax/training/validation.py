@@ -63,7 +63,7 @@ def watched(
     first call of `refresh` it is infinite.
 
   Raises:
-    InputError: a validation set is empty.
+    InputError: a validation set is empty or invalid, see `examples.check_examples`.
   """
   validation = {
     seed: examples_lib.check_examples(examples, f"validation of seed {seed}")

@@ -30,6 +30,9 @@ def write(folder: pathlib.Path, params: base.PyTree, model_state: base.PyTree) -
     folder: folder of the run.
     params: parameters of the network.
     model_state: variables of the network that are not trained.
+
+  Raises:
+    InputError: the file cannot be written.
   """
   trees = {"params": _nested(params), "model_state": _nested(model_state)}
   workdir.write_bytes(folder / FILE, serialization.msgpack_serialize(trees))
@@ -71,7 +74,8 @@ def restore(stored: Any, like: base.PyTree) -> base.PyTree:
     NumPy arrays and typed PRNG keys in the structure of `like`.
 
   Raises:
-    InputError: the structures or shapes differ.
+    InputError: `stored` lacks an array of `like`, or has it in another shape. Other
+      entries of `stored` are ignored.
   """
 
   def leaf(path, wanted):
