@@ -276,10 +276,13 @@ def load(settings: Settings) -> examples_lib.Splits:
     labels = split.train.label[::every]
     size, classes = adacore.subset_size(settings.fraction, len(labels)), set(labels)
     if size < len(classes):
+      part, advice = "", ""
+      if every > 1:
+        part, advice = f" with --part={every}", " or lower --part"
       raise base.InputError(
-        f"--fraction={settings.fraction:g} with --part={settings.part} selects {size}"
-        f" of {len(labels)} examples in {len(classes)} classes; raise --fraction or"
-        " lower --part, so that there is one for each class."
+        f"--fraction={settings.fraction:g}{part} selects {size} of {len(labels)}"
+        f" examples in {len(classes)} classes; raise --fraction{advice}, so that there"
+        " is one for each class."
       )
   return split
 

@@ -1,14 +1,14 @@
 """Per-example losses [B], in nats, of logits and labels.
 
-These rules hold for every loss of this module, and for every formula of the library
-that takes logits and labels:
+These rules hold for every loss of this module. Other formulas of the library that take
+logits and labels follow them as far as they apply, unless a docstring says otherwise.
 
 - Shapes and types are checked when the function is traced; a mismatch raises
   `base.InputError`. Logits are floating-point numbers; labels are integers [B], not
   one-hot and not of shape [B, 1]. Labels, `where`, class counts and transition
   matrices may be lists; logits are arrays.
 - A single logit per row, [B, 1], is the logit of class 1 of two classes; class 0 has
-  logit 0.
+  logit 0. Only `softmax_cross_entropy` refuses single logits.
 - A label that is not a class (negative, or at least C) gives a NaN loss, and a NaN
   gradient unless the loss is constant there, so that the mistake is noticed. Exclude
   such examples with `where`.

@@ -97,9 +97,9 @@ def read(
 
 
 def to_8_bits(image: Any) -> Any:
-  """Scales an image of 16 bits per pixel to 8; other images are returned unchanged.
+  """Scales integers of 16 or 32 bits per pixel, from 0 to 65535, to 8 bits.
 
-  Pillow's `convert` would clip the values instead.
+  Other images are returned unchanged. Pillow's `convert` would clip the values instead.
 
   Args:
     image: an image of Pillow.

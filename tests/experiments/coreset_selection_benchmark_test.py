@@ -76,7 +76,7 @@ def test_extra_memory_is_the_size_of_an_array_of_256_mib():
   [
     ("--fraction=0", "--fraction=0 must lie between"),
     ("--epsilon=2", "--epsilon=2 must lie between"),
-    ("--fraction=0.005", "--fraction=0.005 with --part=10 selects 6 of 1297 examples"),
+    ("--fraction=0.005", "selects 6 of 1297 examples in 10 classes; raise --fraction,"),
     ("--fraction=0.02 --part=4", "--part=4 selects 6 of 325 examples in 10 classes"),
   ],
 )
