@@ -91,13 +91,20 @@ def example_weights(
     Weights [B]. All are NaN if a label is not a class.
 
   Raises:
-    InputError: the labels are not integers, or do not have shape [B].
+    InputError: the labels are not integers of shape [B], or the class weights do not
+      have shape [C].
 
   >>> import jax.numpy as jnp
   >>> print(example_weights(jnp.array([1., 3.]), jnp.array([0, 1, 1, 0])))
   [0.125 0.375 0.375 0.125]
   """
   class_weights = base.host_or_jax_array(class_weights)
+  shapes = np.shape(class_weights), np.shape(labels)
+  if [len(shape) for shape in shapes] != [1, 1]:
+    raise base.InputError(
+      f"class_weights must have shape [C], and labels [B]; got {shapes[0]} and"
+      f" {shapes[1]}."
+    )
   if not jnp.issubdtype(class_weights.dtype, jnp.inexact):
     # A label that is not a class then gives NaN.
     class_weights = jnp.asarray(class_weights, float)

@@ -119,6 +119,12 @@ def test_a_label_that_is_no_class_gives_nan(dtype):
     class_balance.example_weights(class_weights, jnp.array([0.0, 1.0]))
 
 
+def test_labels_of_several_axes_are_refused():
+  message = r"labels \[B\]; got \(2,\) and \(2, 3\)"
+  with pytest.raises(base.InputError, match=message):
+    class_balance.example_weights(jnp.ones(2), jnp.zeros((2, 3), int))
+
+
 def test_weights_sum_to_one_over_all_devices():
   class_weights, labels = jnp.array([1.0, 3.0]), jnp.array([0, 1, 1, 0])
   run = jax.vmap(

@@ -72,7 +72,8 @@ def watched(
   for seed, examples in validation.items():
     if not len(examples.label):
       raise base.InputError(
-        f"the validation set of seed {seed} is empty: raise num_validation."
+        f"the validation set of seed {seed} is empty: hold examples out (for instance"
+        " with num_validation)."
       )
 
   def init(key, problem, params):

@@ -194,7 +194,7 @@ def test_run_reduces_its_learning_rate(tmp_path, monkeypatch):
 
 
 def test_empty_validation_set_raises():
-  with pytest.raises(base.InputError, match="of seed 3 is empty: raise num_validation"):
+  with pytest.raises(base.InputError, match="of seed 3 is empty: hold examples out"):
     validation.watched(baselines.uniform(), {3: _held_out(size=0)})
 
 
