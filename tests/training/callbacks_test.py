@@ -148,7 +148,8 @@ def test_checkpoint_of_another_model_raises(tmp_path):
   (tmp_path / "seed-0" / "results.json").unlink()
   model = toy_runs.MODEL._replace(model=toy_runs.MODEL.model.clone(hidden=(5,)))
   before = toy_runs.files(tmp_path)
-  with pytest.raises(base.InputError, match=r"another model, method or optimizer.*--workdir"):
+  message = r"another model, method or optimizer.*--workdir"
+  with pytest.raises(base.InputError, match=message):
     toy_runs.train(tmp_path, _UNIFORM, model=model, num_steps=2)
   assert toy_runs.files(tmp_path) == before
 
