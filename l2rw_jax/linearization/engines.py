@@ -478,9 +478,9 @@ def _has_custom_vjp(jaxpr):
 
 
 def _has_primitive(jaxpr, name):
-  """Whether `jaxpr` has an operation, maybe nested, whose name starts with `name`."""
+  """Whether `jaxpr` has an operation, maybe nested, of this name."""
   return any(
-    eqn.primitive.name.startswith(name)
+    eqn.primitive.name == name
     or any(
       _has_primitive(inner, name) for inner in jax_core.jaxprs_in_params(eqn.params)
     )

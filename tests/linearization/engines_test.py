@@ -462,6 +462,17 @@ def test_forward_mode_refuses_a_custom_vjp(losses_fn, wrap, directional):
     wrap(functools.partial(directional, losses_fn))(params)
 
 
+@pytest.mark.parametrize("directional", [_directional, _known_directional])
+def test_forward_mode_supports_linear_solves(directional):
+  def losses_fn(params, x):
+    return jnp.sum(jnp.linalg.solve(jnp.diag(params), x.T).T * x, 1)
+
+  params = jnp.array([1.0, 2.0, 3.0])
+  actual = jax.jit(functools.partial(directional, losses_fn))(params)
+  # The losses are sum_j x_j^2 / p_j, and the direction is p.
+  np.testing.assert_allclose(actual, -(_x() ** 2 / params[None]).sum(1), rtol=1e-5)
+
+
 def test_a_custom_vjp_of_constant_parameters_is_refused_under_jit():
   linearized = linearization.linearize(
     _sin_losses_fn, jnp.ones(3), _x(), engine="forward"
