@@ -333,7 +333,7 @@ class PerExampleGradients:
     if producer is not None and producer.eqn.primitive.name == "broadcast_in_dim":
       old = producer.eqn.invars[0].aval.shape
       dimensions = producer.eqn.params["broadcast_dimensions"]
-      kept = {d for d, size in zip(dimensions, old, strict=True) if size > 1}
+      kept = {d for d, size in zip(dimensions, old, strict=True) if size != 1}
       if axis not in kept:  # In this case all rows are the same.
         repeated = [a for a in range(rows.ndim) if a not in kept and a != axis]
         rows = jnp.moveaxis(rows.sum(repeated, keepdims=True), axis, 0)

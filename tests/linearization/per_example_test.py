@@ -342,11 +342,18 @@ def test_losses_without_parameters_have_no_gradient():
   def losses_fn(params, x):
     return (x**2).sum(1) + params.sum()
 
+  def concatenated(params, x):
+    rows = jnp.broadcast_to(params[None], (len(x), 0))
+    return (jnp.concatenate([x, rows], 1) ** 2).sum(1)
+
   params, x = jnp.ones(0), jnp.asarray(_normal(_B, 3), jnp.float32)
-  np.testing.assert_array_equal(per_example.norms(losses_fn, params, x)[0], 0)
-  np.testing.assert_array_equal(
-    per_example.inner_products(losses_fn, params, x)[0], np.zeros((_B, _B))
-  )
+  for function in (losses_fn, concatenated):
+    norms, info = per_example.norms(function, params, x)
+    np.testing.assert_array_equal(norms, 0)
+    assert info.engine == "layerwise"
+    np.testing.assert_array_equal(
+      per_example.inner_products(function, params, x)[0], np.zeros((_B, _B))
+    )
 
 
 @pytest.mark.ci
