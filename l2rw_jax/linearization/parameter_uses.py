@@ -70,11 +70,6 @@ class Value(NamedTuple):
     return self.kind == Kind.PARAMS and _is_inexact(self)
 
 
-_MIXED_CARRY = (
-  "scan, whose carry depends on examples in some iterations and on parameters alone in"
-  " others"
-)
-
 # Returns zeros of a type.
 ZerosOf: TypeAlias = Callable[[Any], base.Array]
 # Pairs of a place in the body of a loop and the value outside that is put there.
@@ -607,9 +602,11 @@ class Plan:
     except batch_axes.MixedError:
       return None
     avals = [v.aval for v in scan.jaxpr.invars]
+    first = self._spread_all(inputs[start:end], axes[start:end])
+    inputs = [*inputs[:start], *first, *inputs[end:]]
     states = [
       self._first_state(value, axis, eqn, inputs)
-      for value, axis in zip(inputs[start:end], axes[start:end], strict=True)
+      for value, axis in zip(first, axes[start:end], strict=True)
     ]
     before = None
     while before != states:
@@ -630,11 +627,12 @@ class Plan:
         for value, aval in zip(inputs[end:], avals[end:], strict=True)
       ]
       after = body.add(scan.jaxpr, _constants(scan.closed_consts), args)
+      after[: scan.num_carry] = body._spread_all(
+        after[: scan.num_carry], [axis for _, axis, _ in states]
+      )
       states = [
-        self._next_state(state, value, first, eqn, inputs)
-        for state, value, first in zip(
-          before, after[: scan.num_carry], inputs[start:end], strict=True
-        )
+        self._next_state(state, value, eqn, inputs)
+        for state, value in zip(before, after[: scan.num_carry], strict=True)
       ]
     rows = [(_place(arg), v) for arg, v in zip(args[end:], inputs[end:], strict=True)]
     carry = [
@@ -643,23 +641,35 @@ class Plan:
     ]
     return self._add_loop(scan, body, rows, carry, args[start:end], after, inputs)
 
+  def _spread_all(self, values, axes):
+    """`values`, where a parameter for which there is a batch axis depends on examples.
+
+    A loop may start with parameters (a learned initial state) and continue with values
+    that depend on examples, or the other way round. Adding zeros with a row per example
+    is an operation that can be recorded as a use of these parameters.
+    """
+    return [
+      self._spread(value, axis) if isinstance(axis, int) else value
+      for value, axis in zip(values, axes, strict=True)
+    ]
+
+  def _spread(self, value, axis):
+    if not value.is_parameter or value.error is not None:
+      return value
+    closed = jax.make_jaxpr(jax.lax.add)(value.aval, value.aval)
+    rows = Value(None, zeros(value.aval), Kind.DATA, value.aval, axis)
+    return self.add(closed.jaxpr, [], [value, rows])[0]
+
   def _first_state(self, value, axis, eqn, inputs):
     """The kind, axis and error of a carry before the first iteration."""
     if isinstance(axis, batch_axes.MixedError):
       return Kind.DATA, None, self._error(str(axis), eqn, inputs)
-    if axis is not None and value.is_parameter:
-      return Kind.DATA, None, self._error(_MIXED_CARRY, eqn, inputs)
     return value.kind if axis is None else Kind.DATA, axis, None
 
-  def _next_state(self, state, after, first, eqn, inputs):
+  def _next_state(self, state, after, eqn, inputs):
     """The kind, axis and error of a carry in all iterations."""
     kind, axis, error = state
     error = error or after.error
-    is_data = Kind.DATA in (kind, after.kind)
-    if error is None and is_data and (first.is_parameter or after.is_parameter):
-      # These parameters would become a value that depends on examples without an
-      # operation that could be recorded as their use.
-      error = self._error(_MIXED_CARRY, eqn, inputs)
     if error is None and after.kind == Kind.DATA and axis != after.axis:
       error = self._error("scan, which moves the examples' axis", eqn, inputs)
     return max(kind, after.kind), None if error else axis, error
