@@ -518,6 +518,11 @@ class Plan:
     error = _first_error(inputs)
     if error is None and _has_custom_vjp(eqn):
       error = self._error("a jax.custom_vjp takes parameters", eqn, inputs)
+    if error is None and eqn.primitive.name == "pad":
+      array, padding_value = inputs
+      if padding_value.is_parameter and not array.is_parameter:
+        # JAX fails to transpose the derivative with respect to the value alone.
+        error = self._error("a pad, whose padding value is a parameter", eqn, inputs)
     is_call = eqn.primitive.name in _CHECKPOINTS
     if error is None and is_call and any(v.kind == Kind.DATA for v in inputs):
       error = self._error("a jax.checkpoint takes parameters", eqn, inputs)

@@ -245,6 +245,11 @@ def _while(params, x):
   return jax.lax.while_loop(lambda state: state[1] < 2, step, (x[:, 0], 0))[0]
 
 
+def _padded(params, x):
+  h = jnp.pad(x @ params, ((0, 0), (1, 1)), constant_values=params[0, 0])
+  return jnp.sin(h).sum(1)
+
+
 _MIXING = {
   "mean": (_centered, "reduce_sum, which mixes examples"),
   "roll": (_neighbors, "which mixes examples"),
@@ -265,6 +270,7 @@ _MIXING = {
     lambda p, x: jnp.tanh(jnp.reshape(x @ jnp.tile(p, 3), (_B, _B), order="F")).sum(0),
     "reshape, which mixes",
   ),
+  "padding": (_padded, "pad, whose padding value is a parameter"),
   "rule": (lambda p, x: _coupled(x @ p).sum(1) * 2, "which mixes"),
   "no batch": (lambda p, x: jnp.ones((_B, 4)) @ p.sum(1), "row by row"),
 }
