@@ -158,7 +158,7 @@ def lookahead_params(
 
   Args:
     params: parameters before the step.
-    gradient: gradient of the inner loss.
+    gradient: gradient of the inner loss, as `jax.grad` returns it.
     optimizer: any optimizer whose update needs no arguments but `params` and `value`.
     opt_state: state of the optimizer at `params`.
     value: the inner loss, which some optimizers use; None stands for 0, the loss if all
@@ -192,7 +192,8 @@ def update(
 
   Args:
     optimizer: any optimizer whose update needs no arguments but `params` and `value`.
-    gradient: gradient of the loss, shaped like `params`.
+    gradient: gradient of the loss, shaped like `params`, as `jax.grad` returns it. The
+      optimizer gets the conjugate of complex entries, see `trainable.conjugated`.
     opt_state: state of the optimizer at `params`.
     params: parameters before the step.
     value: the loss, a scalar, which some optimizers use.
@@ -217,7 +218,7 @@ def update(
   try:
     with base.implicit_promotion():
       return optax.with_extra_args_support(optimizer).update(
-        trainable.without_keys(gradient),
+        trainable.conjugated(trainable.without_keys(gradient)),
         opt_state,
         trainable.without_keys(params),
         value=value,
@@ -316,7 +317,7 @@ def direction(
   def step(gradient_leaves, value):
     if optimizer is None:
       pairs = zip(leaves, gradient_leaves, strict=True)
-      return [p - g.astype(p.dtype) for p, g in pairs]
+      return [p - trainable.conjugated(g).astype(p.dtype) for p, g in pairs]
     gradient = partition.combine_gradient(gradient_leaves)
     stepped = lookahead_params(params, gradient, optimizer, opt_state, value)
     return partition.leaves(stepped)
@@ -360,8 +361,9 @@ def direction(
     )
   meta_gradient = base.psum(gradient, axis_name)  # This is `sign` times the gradient.
   vector = [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
-  value_slope = None
-  if optimizer is not None:
+  if optimizer is None:
+    vector, value_slope = trainable.conjugated(vector), None
+  else:
     vector, value_slope = step_vjp(vector)
   state = _state(meta_gradient, vector, value_slope)
   fault = _check_finite(losses, loss, state, axis_name)

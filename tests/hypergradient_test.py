@@ -228,6 +228,35 @@ def test_no_optimizer_is_a_step_of_sgd_with_a_learning_rate_of_one(
   chex.assert_trees_all_close(actual, expected, rtol=1e-13)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("optimizer", [None, optax.sgd(0.3, momentum=0.9)])
+def test_complex_parameters_equal_their_real_and_imaginary_parts(optimizer):
+  def losses_fn(params, batch):
+    if isinstance(params, dict):
+      params = jax.lax.complex(params["real"], params["imaginary"])
+    outputs = batch["x"] @ params
+    return jnp.abs(outputs - batch["y"]) ** 2 + jnp.real(outputs**2)
+
+  def normal(*shape):
+    return rng.normal(size=shape) + 1j * rng.normal(size=shape)
+
+  rng = np.random.default_rng(6)
+  batch, meta_batch = ({"x": normal(n, 3), "y": normal(n)} for n in (_B, _M))
+  params, weights = jnp.asarray(normal(3)), jnp.arange(_B) / _B
+  parts = {"real": params.real, "imaginary": params.imag}
+
+  @jax.jit
+  def scores(params):
+    linearized = linearization.linearize(losses_fn, params, batch)
+    direction = hypergradient.direction(
+      *(losses_fn, params, meta_batch, linearized.weighted_gradient(weights)),
+      optimizer=optimizer,
+    )
+    return hypergradient.weight_gradient(linearized, direction)
+
+  np.testing.assert_allclose(scores(params), scores(parts), rtol=1e-12)
+
+
 def test_ridge_regression_in_closed_form():
   rng = np.random.default_rng(2)
   x, y, meta_x, meta_y = (rng.normal(size=s) for s in [(_B, 3), _B, (_M, 3), _M])

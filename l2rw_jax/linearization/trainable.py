@@ -139,6 +139,26 @@ def zero_gradients(tree: base.PyTree) -> base.PyTree:
   return jax.tree.map(zero, tree)
 
 
+def conjugated(tree: base.PyTree) -> base.PyTree:
+  """`tree` with its complex leaves conjugated; the others are unchanged.
+
+  `jax.grad` with respect to complex parameters returns the conjugate of the direction
+  of steepest ascent. Optimizers subtract multiples of what they are given, so they need
+  this direction.
+
+  >>> import jax, jax.numpy as jnp
+  >>> gradient = jax.grad(lambda p: jnp.abs(p) ** 2)(1 + 2j)
+  >>> print(gradient, conjugated(gradient))
+  (2-4j) (2+4j)
+  """
+
+  def conj(x):
+    is_complex = jnp.issubdtype(getattr(x, "dtype", type(x)), jnp.complexfloating)
+    return jnp.conj(x) if is_complex else x
+
+  return jax.tree.map(conj, tree)
+
+
 def without_keys(tree: base.PyTree) -> base.PyTree:
   """`tree` with float zeros in place of typed PRNG keys and their gradients.
 

@@ -22,6 +22,7 @@ from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.linearization import control_flow
+from l2rw_jax.linearization import trainable
 from l2rw_jax.models import augmentation
 
 # Number of tasks that are adapted in parallel in evaluation; bounds the memory.
@@ -64,6 +65,7 @@ def adapt(
 
   def step(_, params):
     gradient = jax.grad(lambda p: jnp.mean(losses_fn(p, support)))(params)
+    gradient = trainable.conjugated(gradient)
     if first_order:
       gradient = jax.lax.stop_gradient(gradient)
     # A NumPy scalar would change the type of parameters in half precision.

@@ -9,6 +9,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import hypergradient
+from l2rw_jax.linearization import trainable
 
 
 class Failure(NamedTuple):
@@ -126,7 +127,7 @@ def train_step(
   metrics = _metrics(result, problem)
   with base.implicit_promotion():
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
-      result.grads,
+      trainable.conjugated(result.grads),
       state.opt_state,
       state.params,
       value=metrics["weighted_loss"] if result.value is None else result.value,

@@ -170,6 +170,13 @@ def test_adapt_of_any_pytree():
   assert float(result["a"]) == 0.5 and float(result["b"][0]) == 1.0
 
 
+def test_adapt_of_complex_parameters_descends():
+  result = few_shot.adapt(
+    lambda p, x: jnp.abs(p - x) ** 2, 0j, jnp.array([1j, 3j]), learning_rate=0.5
+  )
+  np.testing.assert_allclose(result, 2j)
+
+
 @pytest.mark.parametrize("rate", [np.float32(0.5), np.float64(0.5), 0.5])
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_adapted_parameters_keep_their_type(rate, num_steps):

@@ -1,5 +1,6 @@
 """One update by hand, and no update from the first non-finite step on."""
 
+import dataclasses
 import functools
 
 import chex
@@ -92,6 +93,25 @@ def test_step_by_hand():
   np.testing.assert_allclose(output.metrics["effective_share"], 1)
   norm = np.linalg.norm(gradient)
   np.testing.assert_allclose(output.metrics["grad_norm"], norm, rtol=1e-6)
+
+
+def test_complex_parameters_descend():
+  def forward(params, model_state, batch, key, train):
+    del key, train
+    return batch["x"].astype(jnp.complex64) @ params["p"], model_state
+
+  problem = dataclasses.replace(
+    _problem(), forward=forward, loss=lambda outputs, _: jnp.abs(outputs - 1j) ** 2
+  )
+  params = {"p": jnp.zeros(2, jnp.complex64)}
+  state = step_lib.init_state(params, {}, (), _SGD)
+  state, _ = step_lib.train_step(
+    *(state, _GOOD, None, jax.random.key(0)),
+    problem=problem,
+    method=_UNIFORM,
+    optimizer=_SGD,
+  )
+  np.testing.assert_allclose(state.params["p"], 0.2j * _X.mean(0), rtol=1e-6)
 
 
 def _weighted(weights):
