@@ -6,7 +6,8 @@ one operation from the axes of its inputs. It raises an error if the operation m
 examples, or may do so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -213,7 +214,11 @@ def _common_carry(before, after):
 
 
 def propagate(
-  eqn: Any, axes: Sequence[Axis], *, check_rules: bool = True
+  eqn: Any,
+  axes: Sequence[Axis],
+  *,
+  check_rules: bool = True,
+  row_columns: Collection[tuple[int, int]] = (),
 ) -> list[Axis | MixedError]:
   """The batch axis of each output of an operation.
 
@@ -222,6 +227,9 @@ def propagate(
     axes: batch axes of its inputs, at least one of them not None.
     check_rules: whether the derivative rules of a `jax.custom_jvp` or `jax.custom_vjp`
       are also checked.
+    row_columns: pairs (j, i) for which entry j of each index vector of a gather or
+      scatter is known to be its position along axis i of the array of indices, as in
+      `x[jnp.arange(len(x)), labels]`.
 
   Returns:
     A batch axis for each output. An output of a call or of a scan that mixes examples
@@ -259,8 +267,15 @@ def propagate(
   if rule is None:
     why = f": {REFUSED[name]}" if name in REFUSED else ""
     raise MixedError(f"{name}, which is not known to keep examples apart{why}")
+  if row_columns and takes_indices(name):
+    rule = functools.partial(rule, row_columns=row_columns)
   # `vmap` uses NumPy integers for axes.
   return [int(rule(eqn, axes))] * len(eqn.outvars)
+
+
+def takes_indices(name: str) -> bool:
+  """Whether the operation with this name is a gather or a scatter."""
+  return name == "gather" or name in _SCATTERS
 
 
 def is_supported(name: str) -> bool:
@@ -474,7 +489,7 @@ def _convolution(eqn, axes):
   return numbers.out_spec[0]
 
 
-def _gather(eqn, axes):
+def _gather(eqn, axes, row_columns=()):
   numbers = eqn.params["dimension_numbers"]
   operand, indices = axes
   out_rank = len(_shape(eqn.outvars[0]))
@@ -490,12 +505,36 @@ def _gather(eqn, axes):
     if indices is not None and indices != paired[operand]:
       raise _mixes(eqn)
     return index_dims[paired[operand]]
+  row_axis = _row_axis(eqn, operand, numbers.start_index_map, row_columns)
+  if row_axis is not None and operand in numbers.collapsed_slice_dims:
+    if indices is not None and indices != row_axis:
+      raise _mixes(eqn)
+    return index_dims[row_axis]
   is_whole = eqn.params["slice_sizes"][operand] == _shape(eqn.invars[0])[operand]
   removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
   if indices is not None or not is_whole or operand in removed:
     raise _mixes(eqn)
   window = [d for d in range(len(_shape(eqn.invars[0]))) if d not in removed]
   return numbers.offset_dims[window.index(operand)]
+
+
+def _row_axis(eqn, axis, index_map, row_columns):
+  """The axis of the indices along which a gather or scatter visits all rows in order.
+
+  Args:
+    eqn: the operation.
+    axis: an axis of its operand.
+    index_map: the axes of the operand to which the entries of an index vector belong.
+    row_columns: see `propagate`.
+
+  Returns:
+    The axis, or None if there is none.
+  """
+  sizes = _shape(eqn.invars[1])
+  for j, i in row_columns:
+    if index_map[j] == axis and sizes[i] == _shape(eqn.invars[0])[axis]:
+      return i
+  return None
 
 
 def _slice(eqn, axes):
@@ -571,8 +610,8 @@ def _dynamic_update_slice(eqn, axes):
   return axis
 
 
-def _scatter(eqn, axes):
-  """The batch axis is an axis that is updated as a whole, or a batching axis."""
+def _scatter(eqn, axes, row_columns=()):
+  """The batch axis is an axis that is updated as a whole or row by row."""
   numbers = eqn.params["dimension_numbers"]
   operand, updates = (len(_shape(eqn.invars[i])) for i in (0, 2))
   removed = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
@@ -592,6 +631,11 @@ def _scatter(eqn, axes):
       numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True
     )
   }
+  by_row = {
+    d: _row_axis(eqn, d, numbers.scatter_dims_to_operand_dims, row_columns)
+    for d in numbers.inserted_window_dims
+  }
+  candidates |= {d: (i, index_dims[i]) for d, i in by_row.items() if i is not None}
   for axis, other_axes in candidates.items():
     pairs = zip(axes, (axis, *other_axes), strict=True)
     if all(actual is None or actual == expected for actual, expected in pairs):

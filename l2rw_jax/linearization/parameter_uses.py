@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
+import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax.linearization import batch_axes
@@ -378,6 +379,7 @@ class Plan:
     self.steps: list[Step | Loop | Recomputed] = []
     self._recompute = recompute
     self.consts: Places = []  # Empty unless this plan is a loop's body.
+    self.known: dict[int, Any] = {}  # Values that are numbers, not tracers.
     self._names = names
     self._outer = outer
     self._size = 0
@@ -491,7 +493,7 @@ class Plan:
     axes: list[Any] = [None] * len(eqn.outvars)
     if error is None:
       try:
-        axes = batch_axes.propagate(eqn, [value.axis for value in inputs])
+        axes = self._axes(eqn, inputs)
       except batch_axes.MixedError as mixed:
         error = self._error(str(mixed), eqn, inputs)
     if error is None and any(value.kind == Kind.PARAMS for value in inputs):
@@ -500,6 +502,62 @@ class Plan:
       self._data_output(axis, error, v.aval, eqn, inputs)
       for axis, v in zip(axes, eqn.outvars, strict=True)
     ]
+
+  def _axes(self, eqn, inputs):
+    """The batch axes of the outputs, or a MixedError; see `batch_axes.propagate`."""
+    axes = [value.axis for value in inputs]
+    try:
+      return batch_axes.propagate(eqn, axes)
+    except batch_axes.MixedError:
+      if not batch_axes.takes_indices(eqn.primitive.name):
+        raise
+      row_columns = self._row_columns(inputs[1])
+      return batch_axes.propagate(eqn, axes, row_columns=row_columns)
+
+  def _row_columns(self, indices):
+    """The `row_columns` of `batch_axes.propagate` for an array of indices."""
+    producers = {
+      place: step
+      for step in self.steps
+      if isinstance(step, Step)
+      for place in step.outputs
+    }
+    parts, last = [indices], indices.aval.ndim - 1
+    step = producers.get(indices.place)
+    if step is not None and step.eqn.primitive.name == "concatenate":
+      parts = step.inputs if step.eqn.params["dimension"] == last else []
+    pairs, column = set(), 0
+    for part in parts:
+      array = self._number(part, producers)
+      for j in range(part.aval.shape[last]):
+        for axis in range(last if array is not None else 0):
+          rows = np.moveaxis(array[..., j], axis, -1)
+          if (rows == np.arange(rows.shape[-1])).all():
+            pairs.add((column + j, axis))
+      column += part.aval.shape[last]
+    return pairs
+
+  def _number(self, value, producers):
+    """A constant of integers as a NumPy array; None if tracing does not know it."""
+    is_integer = any(jnp.issubdtype(value.aval.dtype, t) for t in (jnp.integer, bool))
+    if value.kind != Kind.CONSTANT or not is_integer:
+      return None
+    known = self.known.get(value.place, value.literal)
+    if known is None and value.place in producers:
+      step = producers[value.place]
+      inputs = [self._number(x, producers) for x in step.inputs]
+      if step.eqn.effects or any(x is None for x in inputs):
+        return None
+      if step.eqn.primitive.name in ("pcast", "pvary"):  # These need their mesh.
+        results = inputs
+      else:
+        with jax.ensure_compile_time_eval():
+          results = bind(step.eqn, inputs)
+      self.known |= dict(zip(step.outputs, results, strict=True))
+      known = self.known[value.place]
+    if known is None or isinstance(known, jax.core.Tracer):
+      return None
+    return np.asarray(known)
 
   def _data_output(self, axis, error, aval, eqn, inputs):
     """A place for one output; `axis` is its batch axis, a MixedError or None."""
@@ -853,6 +911,11 @@ def trace(
     # The derivatives read the types of values, which a number of Python does not have.
     env[args[-1].place] = array if hasattr(array, "dtype") else jnp.asarray(array)
   consts = [plan.place(Kind.CONSTANT, v.aval) for v in closed.jaxpr.constvars]
+  plan.known = {
+    _place(value): x
+    for value, x in zip(consts, closed.consts, strict=True)
+    if not isinstance(x, jax.core.Tracer)
+  }
   env.update(zip([value.place for value in consts], closed.consts, strict=True))
   outputs = plan.add(closed.jaxpr, consts, args)
   losses = outputs[0]

@@ -47,6 +47,13 @@ _SUPPORTED = {
   "multiply": lambda h: h.at[:, _COLUMNS].multiply(h[:, :2], unique_indices=True),
   "max": lambda h: h.at[:, _COLUMNS].max(h[:, 2:]),
   "set by row": _set_by_row,
+  "index by row": lambda h: h[jnp.arange(_B), jnp.argmax(h, 1)][:, None],
+  "several by row": lambda h: h[np.arange(_B)[:, None], jnp.argsort(h, 1)[:, :2]],
+  "last by row": lambda h: jnp.stack([h, h**2], 1)[jnp.arange(_B), -1],
+  "set one by row": lambda h: h.at[jnp.arange(_B), jnp.argmax(h, 1)].set(h[:, 0] ** 2),
+  "scatter by row": lambda h: (
+    jnp.zeros((_B, 4)).at[jnp.arange(_B), jnp.argmax(h, 1)].add(h[:, 1] ** 2)
+  ),
   "into zeros": lambda h: jnp.zeros((_B, 6)).at[:, 1:5].set(h),
   "update slice": lambda h: jax.lax.dynamic_update_slice(h, h[:, :1] ** 2, (0, 2)),
   "take": lambda h: jnp.take(h, _COLUMNS, 1),
@@ -191,6 +198,22 @@ def test_layerwise_equals_forward_mode_for_each_operation(name):
     np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-12)
 
 
+def test_indices_by_row_are_known_under_shard_map():
+  def losses_fn(params, x):
+    return (x @ params)[jnp.arange(len(x)), jnp.argmax(x, 1)]
+
+  def losses(params, x):
+    params = base.local(params, "data")
+    return linearization.linearize(losses_fn, params, x, engine="layerwise").losses
+
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec
+  sharded = jax.shard_map(
+    losses, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data")
+  )
+  assert jax.eval_shape(sharded, jnp.ones((4, 4)), jnp.ones((6, 4))).shape == (6,)
+
+
 # Functions of the examples, and the operation that mixes them.
 _MIXING = {
   "stack": ("slice", lambda h: jnp.stack([h[1], h[0], h[2]])),
@@ -216,6 +239,18 @@ _MIXING = {
   "concatenate": ("concatenate", lambda h: jnp.concatenate([h, h])[1 : _B + 1]),
   "pad": ("pad", lambda h: jax.lax.pad(h, 0.0, ((1, -1, 0), (0, 0, 0)))),
   "gather": ("gather", lambda h: h[jnp.array([1, 0, 2])]),
+  "gather from all rows": (
+    "gather",
+    lambda h: h[jnp.arange(_B)[None], jnp.argmax(h, 1)[:, None]],
+  ),
+  "gather in reverse": (
+    "gather",
+    lambda h: h[jnp.arange(_B)[::-1], jnp.argmax(h, 1)][:, None],
+  ),
+  "scatter in reverse": (
+    "scatter-add",
+    lambda h: h.at[jnp.arange(_B)[::-1], jnp.argmax(h, 1)].add(h[:, 0]),
+  ),
   "gather by example": ("gather", lambda h: h[jnp.argmax(h, 1) % _B]),
   "window": (
     "reduce_window_sum",
