@@ -108,9 +108,9 @@ def norms(
     InputError: the losses are not floating-point numbers of shape [B] or are empty,
       `params` has no trainable leaf, `batch` is sharded over an explicit mesh, `engine`
       is unknown or does not support the model, or `microbatch_size` is invalid (see
-      `microbatching.microbatched`). If "vmap" is used, given or selected by
-      "auto", examples that depend on each other are an error, too; under `jit` the
-      results are NaN instead.
+      `microbatching.microbatched`). If "vmap" is used, given or selected by "auto", it
+      is also raised if no array of the batch has B rows, or if examples depend on each
+      other; under `jit` the results are NaN instead in the second case.
 
   Example:
     >>> import jax.numpy as jnp
@@ -365,6 +365,11 @@ def _map(
       return carry, results, _info(gradients.losses, gradients.aux, "layerwise")
     losses, aux = call(leaves, batch)
     rows, merge = _split_rows(batch, losses.shape[0])
+    if not rows:
+      raise base.InputError(
+        f"losses_fn returned {losses.shape[0]} losses, but no array of batch has"
+        f" {losses.shape[0]} rows. {microbatching.ONE_LOSS_PER_ROW}"
+      )
     size = losses.shape[0] if whole else min(_CHUNK, losses.shape[0])
 
     def vmap_step(carry, rows):

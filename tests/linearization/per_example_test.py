@@ -424,6 +424,14 @@ def test_an_empty_batch_is_refused(engine):
     per_example.norms(lambda p, x: x @ p, jnp.ones(2), jnp.zeros((0, 2)), engine=engine)
 
 
+def test_losses_without_rows_of_the_batch_are_refused():
+  def losses_of_tokens(params, x):
+    return jnp.tanh(x @ params).reshape(-1)
+
+  with pytest.raises(base.InputError, match="12 losses, but no array of batch has 12"):
+    per_example.norms(losses_of_tokens, jnp.ones(2), jnp.ones((4, 3, 2)))
+
+
 def test_losses_that_ignore_their_batch_are_refused():
   targets = jnp.arange(4.0)
 
