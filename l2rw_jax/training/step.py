@@ -9,7 +9,6 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import hypergradient
-from l2rw_jax.linearization import trainable
 
 
 class Failure(NamedTuple):
@@ -70,13 +69,11 @@ def init_state(
 
   Step outputs are strongly typed; weakly typed inputs would trigger a recompilation.
   """
-  with base.implicit_promotion():
-    opt_state = optimizer.init(params)
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     model_state=model_state,
-    opt_state=opt_state,
+    opt_state=hypergradient.init_optimizer(optimizer, params),
     method_state=method_state,
     failure=Failure(
       jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
@@ -113,6 +110,9 @@ def train_step(
 
   Returns:
     The new state, and the output of the step.
+
+  Raises:
+    InputError: the optimizer needs other arguments than `params` and `value`.
   """
   inputs = base.Inputs(
     params=state.params,
@@ -125,13 +125,11 @@ def train_step(
   )
   result, method_state = method.gradients(state.method_state, problem, inputs)
   metrics = _metrics(result, problem)
+  value = metrics["weighted_loss"] if result.value is None else result.value
+  updates, opt_state = hypergradient.update(
+    optimizer, result.grads, state.opt_state, state.params, value, "outer"
+  )
   with base.implicit_promotion():
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(
-      trainable.conjugated(result.grads),
-      state.opt_state,
-      state.params,
-      value=metrics["weighted_loss"] if result.value is None else result.value,
-    )
     params = optax.apply_updates(state.params, updates)
   if result.fixed is not None:
     params = jax.tree.map(jnp.where, *result.fixed, params)

@@ -95,6 +95,20 @@ def test_step_by_hand():
   np.testing.assert_allclose(output.metrics["grad_norm"], norm, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  ("optimizer", "message"),
+  [
+    (optax.lbfgs(), r"outer optimizer .* also needs .*grad.* \(a line search\)"),
+    (optax.contrib.sam(_SGD, _SGD), "does not accept value"),
+    (optax.lookahead(_SGD, 5, 0.5), "outer optimizer is optax.lookahead"),
+  ],
+  ids=["line search", "sharpness-aware", "lookahead"],
+)
+def test_an_optimizer_of_other_arguments_is_an_error_of_one_line(optimizer, message):
+  with pytest.raises(base.InputError, match=message):
+    _step(_state(optimizer), optimizer=optimizer)
+
+
 def test_complex_parameters_descend():
   def forward(params, model_state, batch, key, train):
     del key, train
