@@ -155,7 +155,7 @@ def load(settings: Settings, share: float, seed: int) -> Data:
       f"--num_train={settings.num_train} is less than --batch_size."
     )
   # `clean_only` holds a fifth of the clean images out.
-  if settings.num_meta - settings.num_meta // 5 < settings.batch_size:
+  if settings.num_meta - num_held_out(settings.num_meta) < settings.batch_size:
     raise base.InputError(
       f"--num_meta={settings.num_meta}: four fifths of these images are fewer than"
       " --batch_size."
@@ -324,10 +324,15 @@ def _aurocs(trust: dict[str, base.Array], is_clean: np.ndarray) -> dict[str, flo
   }
 
 
+def num_held_out(num_meta: int) -> int:
+  """The number of clean examples that `clean_regularization` holds out."""
+  return max(1, num_meta // 5)
+
+
 def clean_regularization(settings: Settings, data: Data, seed: int) -> float:
   """The regularization that is best on a held-out fifth of the clean examples."""
-  held_out = max(1, len(data.meta[1]) // 5)
   x, y = data.meta
+  held_out = num_held_out(len(y))
   rest, fifth = (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out])
   smaller = data._replace(meta=rest, test=fifth, dev=fifth)
   solver = make_solver(settings, "clean_only", 0.0)

@@ -163,6 +163,7 @@ def test_every_method_learns_and_ranks(run):
   [
     (["--methods=sobo"], "--methods=sobo: choose among l2rw"),
     (["--num_meta=10"], "--num_meta=10: four fifths of these images are"),
+    (["--num_meta=4", "--batch_size=4"], "=4: four fifths of these images are"),
     (["--num_train=5000"], "need 5080 images, but digits has 1297"),
     (["--shares=2"], "--shares=2 must lie between 0 and 1"),
     (
