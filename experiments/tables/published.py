@@ -4,50 +4,20 @@ MNIST_IMBALANCE_SOURCE = (
   "Published: Ren et al. (2018), figure 3, read from the coordinates of the figure;"
   " their ± is the drawn error bar, whose type is not stated."
 )
-# Maps a method and the share of the majority class to the test error in % and its "±".
+# The test error in % and its "±" for each method and share of the majority class.
+_MAJORITIES = (0.9, 0.95, 0.98, 0.99, 0.995)
+_IMBALANCE_ERRORS = {
+  "uniform": ((1.62, 0.21), (2.86, 0.30), (5.80, 0.61), (10.48, 1.00), (18.26, 1.72)),
+  "random": ((1.78, 0.20), (2.82, 0.55), (5.62, 0.52), (9.52, 1.42), (17.74, 1.97)),
+  "proportion": ((1.22, 0.17), (2.04, 0.32), (3.32, 0.44), (5.40, 0.58), (8.30, 1.35)),
+  "resampling": ((1.40, 0.24), (1.78, 0.20), (3.38, 0.41), (5.96, 0.86), (9.62, 1.09)),
+  "hard_mining": ((1.34, 0.39), (1.48, 0.53), (2.16, 0.52), (4.50, 0.87), (7.74, 1.98)),
+  "l2rw": ((1.28, 0.54), (1.44, 0.58), (1.96, 0.62), (2.50, 0.75), (3.62, 0.65)),
+}
+# Maps a method and the share of the majority class to these numbers.
 MNIST_IMBALANCE = {
-  "uniform": {
-    0.9: (1.62, 0.21),
-    0.95: (2.86, 0.30),
-    0.98: (5.80, 0.61),
-    0.99: (10.48, 1.00),
-    0.995: (18.26, 1.72),
-  },
-  "random": {
-    0.9: (1.78, 0.20),
-    0.95: (2.82, 0.55),
-    0.98: (5.62, 0.52),
-    0.99: (9.52, 1.42),
-    0.995: (17.74, 1.97),
-  },
-  "proportion": {
-    0.9: (1.22, 0.17),
-    0.95: (2.04, 0.32),
-    0.98: (3.32, 0.44),
-    0.99: (5.40, 0.58),
-    0.995: (8.30, 1.35),
-  },
-  "resampling": {
-    0.9: (1.40, 0.24),
-    0.95: (1.78, 0.20),
-    0.98: (3.38, 0.41),
-    0.99: (5.96, 0.86),
-    0.995: (9.62, 1.09),
-  },
-  "hard_mining": {
-    0.9: (1.34, 0.39),
-    0.95: (1.48, 0.53),
-    0.98: (2.16, 0.52),
-    0.99: (4.50, 0.87),
-    0.995: (7.74, 1.98),
-  },
-  "l2rw": {
-    0.9: (1.28, 0.54),
-    0.95: (1.44, 0.58),
-    0.98: (1.96, 0.62),
-    0.99: (2.50, 0.75),
-    0.995: (3.62, 0.65),
-  },
+  method: dict(zip(_MAJORITIES, errors, strict=True))
+  for method, errors in _IMBALANCE_ERRORS.items()
 }
 
 MNIST_NOISE_SOURCE = (

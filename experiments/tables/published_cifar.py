@@ -1,6 +1,6 @@
 """Published numbers for CIFAR with wrong labels and long tails."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 SOURCE = (
   "Published: the tables of the preset's paper (Ren et al. 2018, Shu et al. 2019, Jiang"
@@ -164,12 +164,7 @@ LONG_TAIL_SOURCE = (
 # CIFAR-100. Two methods are omitted because this library implements them differently:
 # class-balanced resampling, which uses effective numbers, and the class-balanced focal
 # loss, whose code computes the probability from the weighted loss.
-_LDAM_TAILS = (
-  ("exponential", 100.0),
-  ("exponential", 10.0),
-  ("step", 100.0),
-  ("step", 10.0),
-)
+_LDAM_TAILS = tuple((s, f) for s in ("exponential", "step") for f in (100.0, 10.0))
 _LDAM_ERRORS = {
   "uniform": (29.64, 13.61, 36.70, 17.50, 61.68, 44.30, 61.45, 45.37),
   "focal": (29.62, 13.34, 36.09, 16.36, 61.59, 44.22, 61.43, 46.54),
@@ -208,30 +203,33 @@ _MWN_ACCURACIES = {
   ),
 }
 
+# Maps a builder to its tails, and to a table: method -> an accuracy for each tail on
+# each of these data sets.
+_TAIL_SETS = ("cifar10", "cifar100")
+_Tails = tuple[tuple[str, float], ...]
+_TAIL_TABLES: dict[str, tuple[_Tails, Mapping[str, Sequence[float]]]] = {
+  "ldam": (
+    _LDAM_TAILS,
+    {m: [round(100 - e, 2) for e in errors] for m, errors in _LDAM_ERRORS.items()},
+  ),
+  "mwn": (_MWN_TAILS, _MWN_ACCURACIES),
+}
+
 
 def long_tail(
   dataset: str, method: str, builder: str, shape: str, imbalance: float
 ) -> float | None:
   """Returns the published accuracy of ResNet-32 in %, or None."""
-  tails = {"ldam": _LDAM_TAILS, "mwn": _MWN_TAILS}[builder]
-  sets = ("cifar10", "cifar100")
-  if (shape, imbalance) not in tails or dataset not in sets:
+  tails, table = _TAIL_TABLES[builder]
+  tail = (shape, imbalance)
+  if tail not in tails or dataset not in _TAIL_SETS or method not in table:
     return None
-  column = sets.index(dataset) * len(tails) + tails.index((shape, imbalance))
-  if builder == "mwn":
-    return _MWN_ACCURACIES[method][column] if method in _MWN_ACCURACIES else None
-  return (
-    round(100 - _LDAM_ERRORS[method][column], 2) if method in _LDAM_ERRORS else None
-  )
+  return table[method][_TAIL_SETS.index(dataset) * len(tails) + tails.index(tail)]
 
 
 def long_tail_cells(dataset: str) -> Iterator[tuple[str, str, str, float]]:
   """Yields (method, builder, shape, imbalance) of every number of `long_tail`."""
-  for builder, tails, methods in (
-    ("ldam", _LDAM_TAILS, list(_LDAM_ERRORS)),
-    ("mwn", _MWN_TAILS, list(_MWN_ACCURACIES)),
-  ):
-    for shape, imbalance in tails:
-      for method in methods:
-        if long_tail(dataset, method, builder, shape, imbalance) is not None:
-          yield method, builder, shape, imbalance
+  for builder, (tails, table) in _TAIL_TABLES.items():
+    for tail in tails if dataset in _TAIL_SETS else ():
+      for method in table:
+        yield method, builder, *tail
