@@ -35,6 +35,7 @@ from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
 from experiments.tables import published_cifar
@@ -191,18 +192,16 @@ class Settings(
     ),
   )
   noise_variant: str = flag("paper", choices=["paper", "official_code"])
-  annotation: str | None = flag(
+  annotation: str | None = data_flag(
     None,
     "Annotators whose labels are used, for --noise=human. The default is worst.",
     choices=noisy_labels.ANNOTATIONS,
-    group="data",
   )
   network: str | None = flag(None, unset="the preset's", choices=registries.NETWORKS)
-  augmentation: str | None = flag(
+  augmentation: str | None = data_flag(
     None,
     _by_preset("Augmentation and scaling of the images, named after a paper."),
     choices=registries.AUGMENTATIONS,
-    group="data",
   )
   num_steps: int | None = flag(
     None,
@@ -388,8 +387,6 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
     num_steps=preset.num_steps,
     batch_size=preset.batch_size,
     meta_batch_size=meta_batch_size,
-    eval_every=settings.eval_every,
-    seeds=settings.seeds,
   )
   if settings.schedule is not None:
     settings.check_used("decay_steps", False, "with --schedule")

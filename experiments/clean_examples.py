@@ -39,6 +39,7 @@ from experiments.lib import optimizers
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
 from experiments.tables import table
@@ -85,27 +86,25 @@ class Settings(runner.Settings):
 
   EXTENDABLE = ("datasets", "problems", "methods")
 
-  datasets: tuple[str, ...] = flag(
-    ("mnist", "fashion_mnist"), "Data sets to train on.", group="data"
+  datasets: tuple[str, ...] = data_flag(
+    ("mnist", "fashion_mnist"), "Data sets to train on."
   )
   problems: tuple[str, ...] = flag(
     tuple(PROBLEMS), "What is wrong with the training set.", choices=PROBLEMS
   )
   methods: tuple[str, ...] = methods_flag(_COMPARED, METHODS)
-  num_clean: tuple[int, ...] = flag(
+  num_clean: tuple[int, ...] = data_flag(
     (1, 3, 10, 30, 90),
     "Numbers of clean images of each class; each must divide the largest. The smaller"
     " sets are parts of the largest one, repeated until they have its size.",
     bounds=settings_lib.Bounds(1, 10**6),
-    group="data",
   )
   imbalance: float = flag(100.0)
-  largest_class: int = flag(
+  largest_class: int = data_flag(
     2000,
     "Number of training images of the largest class of the long tail. The other"
     " problems have as many images as the whole tail.",
     bounds=settings_lib.Bounds(1, 10**8),
-    group="data",
   )
   num_validation: int = flag(
     5000, "Number of images with true labels that are held out of training."
@@ -253,11 +252,8 @@ def make_cell(
     name,
     facts,
     settings.config(
-      num_steps=num_steps,
-      batch_size=settings.batch_size,
       meta_batch_size=min(settings.batch_size, max(settings.num_clean) * num_classes),
       eval_every=settings.eval_every if stops_early else num_steps,
-      seeds=settings.seeds,
     ),
     classifier.Classifier(mlp.MLP(num_classes, hidden=(64,)), num_classes),
     make_method(

@@ -32,6 +32,7 @@ from experiments.lib import launch
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
 from experiments.tables import table
@@ -76,12 +77,11 @@ class Settings(runner.Settings):
     key="model",
   )
   methods: tuple[str, ...] = methods_flag(METHODS, METHODS)
-  fraction: tuple[float, ...] | None = flag(
+  fraction: tuple[float, ...] | None = data_flag(
     None,
     "Share of the training set to select, in (0, 1]. The default is 0.01, 0.1 and 0.3;"
     " digits: 0.1 and 0.3.",
     bounds=settings_lib.Bounds(1e-6, 1),
-    group="data",
   )
   imbalance: float = flag(
     1.0,
@@ -287,12 +287,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   """A cell for every curve; each seed is trained alone."""
   splits = functools.partial(make_splits, settings)
   (split,) = splits((0,))
-  config = settings.config(
-    num_steps=settings.num_steps,
-    batch_size=settings.batch_size,
-    eval_every=settings.eval_every,
-    seeds=settings.seeds,
-  )
+  config = settings.config()
   # All runs share one object, so that a step is compiled once.
   optimizer = optax.sgd(settings.learning_rate, settings.momentum or None)
   return [

@@ -59,7 +59,7 @@ class Settings(trusted.Settings, runner.Settings):
 
   EXTENDABLE = ("methods",)
 
-  dataset: str = flag("digits", recorded=False)
+  dataset: str = flag("digits", recorded_with="dataset")
   methods: tuple[str, ...] = methods_flag(_COMPARED, METHODS)
   num_seeds: int = flag(5)
   noise: str = flag("uniform_flip", choices=["uniform_flip", "background_flip"])
@@ -71,11 +71,6 @@ class Settings(trusted.Settings, runner.Settings):
   learning_rate: float = flag(0.1, "Learning rate of SGD.")
   momentum: float = flag(0.0)
   schedule: str = flag("cosine", choices=optimizers.SCHEDULES)
-
-  def record(self) -> dict[str, Any]:
-    """Like the base class, with the data set only if it is not digits."""
-    entries = super().record()
-    return entries if self.dataset == "digits" else {**entries, "dataset": self.dataset}
 
 
 TABLE = table.Layout(
@@ -153,12 +148,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   names = settings_lib.choose("methods", settings.methods, METHODS)
   num_classes = settings.load("train").num_classes
   model = classifier.Classifier(mlp.MLP(num_classes), num_classes)
-  config = settings.config(
-    num_steps=settings.num_steps,
-    batch_size=settings.batch_size,
-    meta_batch_size=settings.meta_batch_size,
-    seeds=settings.seeds,
-  )
+  config = settings.config()
   splits = functools.partial(make_splits, settings)
   choice = {name: make_optimizer(settings, name) for name in names}
   return [

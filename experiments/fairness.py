@@ -33,6 +33,7 @@ from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
 from experiments.tables import table
@@ -71,28 +72,25 @@ class Settings(runner.Settings):
   EXTENDABLE = ("methods", "condense", "condense_by")
 
   dataset: str = flag("mnist")
-  groups: str = flag(
+  groups: str = data_flag(
     "class",
     "Groups for which training should be fair: the classes, or inverted and other"
     " images.",
     choices=fairness.GROUPS,
-    group="data",
   )
   imbalance: float | None = flag(None, unset="100; digits: 10; --groups=inverted: 1")
   noise_fraction: float = flag(0.0, "Share of the training labels to flip.")
-  minority_share: float = flag(
+  minority_share: float = data_flag(
     0.05,
     "Share of the training images to invert, for --groups=inverted.",
     bounds=settings_lib.INNER_SHARE,
-    group="data",
   )
-  num_exemplars: int | None = flag(
+  num_exemplars: int | None = data_flag(
     None,
     "Number of exemplars (clean examples) of each class. With --groups=inverted, each"
     " class has this many inverted exemplars and this many others. The default is 10;"
     " digits: 5.",
     bounds=settings_lib.IMAGES,
-    group="data",
   )
   network: str | None = flag(
     None,
@@ -290,10 +288,7 @@ def make_cell(
     meta_batch_size = 100
   config = settings.config(
     num_steps=settings.num_steps or (20000 if large else 3000),
-    batch_size=settings.batch_size,
     meta_batch_size=meta_batch_size,
-    eval_every=settings.eval_every,
-    seeds=settings.seeds,
   )
   module = NETWORKS[network](num_classes, axis_name=devices.AXIS_NAME)
   return runner.Cell(

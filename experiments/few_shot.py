@@ -32,6 +32,7 @@ from experiments.lib import launch
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
 from experiments.tables import table
@@ -76,70 +77,48 @@ class Settings(settings_lib.Settings):
     " --data_dir), or the name of any image set that TFDS has prepared in --data_dir,"
     " whose classes are divided.",
   )
-  ood: str = flag(
+  ood: str = data_flag(
     "mnist",
     "Source of the out-of-distribution tasks: none, shuffled (images of --dataset with"
     " permuted labels), omniglot, digits, the name of any image set that TFDS has"
     " prepared in --data_dir, or your own uint8 images: images:DIR or npz:FILE.",
-    group="data",
   )
-  ood_share: tuple[float, ...] = flag(
+  ood_share: tuple[float, ...] = data_flag(
     (0.3, 0.6, 0.9),
     "Share of the training tasks that come from --ood.",
     bounds=settings_lib.Bounds(0, settings_lib.BELOW_ONE),
-    group="data",
   )
-  noise_share: float = flag(
-    0.0,
-    "Share of the training images to relabel at random.",
-    bounds=settings_lib.SHARE,
-    group="data",
+  noise_share: float = data_flag(
+    0.0, "Share of the training images to relabel at random.", bounds=settings_lib.SHARE
   )
   methods: tuple[str, ...] = methods_flag(METHODS[:5], METHODS)
-  num_ways: int | None = flag(
+  num_ways: int | None = data_flag(
     None,
     "Number of classes of a task. The default is 5; digits: 2.",
     bounds=settings_lib.Bounds(2, 10**4),
-    group="data",
   )
-  num_shots: int = flag(
-    1,
-    "Number of support images of a class.",
-    bounds=settings_lib.Bounds(1, 10**5),
-    group="data",
+  num_shots: int = data_flag(
+    1, "Number of support images of a class.", bounds=settings_lib.Bounds(1, 10**5)
   )
-  num_queries: int = flag(
-    5,
-    "Number of query images of a class.",
-    bounds=settings_lib.Bounds(1, 10**5),
-    group="data",
+  num_queries: int = data_flag(
+    5, "Number of query images of a class.", bounds=settings_lib.Bounds(1, 10**5)
   )
-  num_tasks: int = flag(
-    5000,
-    "Number of training tasks.",
-    bounds=settings_lib.Bounds(1, 10**6),
-    group="data",
+  num_tasks: int = data_flag(
+    5000, "Number of training tasks.", bounds=settings_lib.Bounds(1, 10**6)
   )
-  num_meta_tasks: int = flag(
-    1000,
-    "Number of validation tasks.",
-    bounds=settings_lib.Bounds(1, 10**6),
-    group="data",
+  num_meta_tasks: int = data_flag(
+    1000, "Number of validation tasks.", bounds=settings_lib.Bounds(1, 10**6)
   )
-  num_test_tasks: int = flag(
-    600,
-    "Number of test tasks.",
-    bounds=settings_lib.Bounds(2, 10**6),
-    group="data",
+  num_test_tasks: int = data_flag(
+    600, "Number of test tasks.", bounds=settings_lib.Bounds(2, 10**6)
   )
-  evaluate_on: str = flag(
+  evaluate_on: str = data_flag(
     "test",
     "Classes to evaluate on; tuning classes are for choosing settings.",
     choices=["test", "tuning"],
-    group="data",
   )
-  rotations: bool = flag(
-    False, "Also train on 90-degree rotations of every class.", group="data"
+  rotations: bool = data_flag(
+    False, "Also train on 90-degree rotations of every class."
   )
   share: str = flag(
     "cluster",
@@ -398,13 +377,7 @@ def make_cell(
       "share": settings.share,
       "method": name,
     },
-    settings.config(
-      num_steps=settings.num_steps,
-      batch_size=settings.batch_size,
-      meta_batch_size=settings.meta_batch_size,
-      eval_every=settings.eval_every,
-      seeds=(seed,),
-    ),
+    settings.config(seeds=(seed,)),
     make_learner(settings),
     method,
     make_optimizer(settings.learning_rate),

@@ -26,6 +26,7 @@ from experiments.lib import launch
 from experiments.lib import own_data as own_data_lib
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from l2rw_jax import audit
 from l2rw_jax import base
@@ -54,44 +55,37 @@ class Settings(settings_lib.Settings):
   # This flag changes what is written, not how the network is trained.
   EXTENDABLE = ("num_pictures",)
 
-  images: str | None = flag(
-    None,
-    "Folder of images: one subfolder for each class, or any layout with --labels.",
-    group="data",
+  images: str | None = data_flag(
+    None, "Folder of images: one subfolder for each class, or any layout with --labels."
   )
-  labels: str | None = flag(
+  labels: str | None = data_flag(
     None,
     "CSV file with lines path,label for --images.",
     unset="FOLDER/labels.csv, if there is one",
-    group="data",
   )
-  npz: str | None = flag(None, "NumPy archive with the arrays X and y.", group="data")
-  csv: str | None = flag(None, "CSV file with a header.", group="data")
-  label_column: str | None = flag(
+  npz: str | None = data_flag(None, "NumPy archive with the arrays X and y.")
+  csv: str | None = data_flag(None, "CSV file with a header.")
+  label_column: str | None = data_flag(
     None,
     "Column of the labels in --csv.",
     unset="a column called label, labels, class, target or y, or otherwise the last",
-    group="data",
   )
   dataset: str | None = flag(None)
-  split: str | None = flag(
+  split: str | None = data_flag(
     None,
     "Split of --dataset, such as test or train[:10000]; for digits, train or test.",
     unset="train",
-    group="data",
   )
-  trusted: str | None = flag(
+  trusted: str | None = data_flag(
     None,
     "Examples with labels that you trust, as images:DIR, npz:FILE or csv:FILE. With"
     " them, issues.csv also has the scores of L2RW, which do not change the ranking.",
-    group="data",
   )
-  image_size: int | None = flag(
+  image_size: int | None = data_flag(
     None,
     "Height and width to which --images are resized.",
     unset="their most frequent size, with no side above 64",
     bounds=settings_lib.Bounds(4, 1024),
-    group="data",
   )
   num_epochs: int | None = flag(
     None, unset="10 for tables, and 20, 15 or 10 for images, by their number"

@@ -29,6 +29,7 @@ from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
 from experiments.tables import table
@@ -63,20 +64,16 @@ class Settings(registries.MemoryFlags, settings_lib.TrainingFlags):
   num_meta: int = flag(
     64, "Number of clean documents.", bounds=settings_lib.Bounds(1, 10**8)
   )
-  num_test: int = flag(
-    500,
-    "Number of clean test documents.",
-    bounds=settings_lib.Bounds(1, 10**8),
-    group="data",
+  num_test: int = data_flag(
+    500, "Number of clean test documents.", bounds=settings_lib.Bounds(1, 10**8)
   )
-  length: int = flag(
+  length: int = data_flag(
     64,
     "Number of bytes that are predicted in a document.",
     bounds=settings_lib.Bounds(1, 65_536),
-    group="data",
   )
-  corrupted: float = flag(
-    0.3, "Share of corrupted documents.", bounds=settings_lib.SHARE, group="data"
+  corrupted: float = data_flag(
+    0.3, "Share of corrupted documents.", bounds=settings_lib.SHARE
   )
   width: int = flag(
     64,
@@ -196,13 +193,7 @@ def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
 def make_cells(settings: Settings) -> list[runner.Cell]:
   """A cell for every method, whose seeds are trained one after the other."""
   names = settings_lib.choose("methods", settings.methods, METHODS)
-  config = settings.config(
-    num_steps=settings.num_steps,
-    batch_size=settings.batch_size,
-    meta_batch_size=settings.meta_batch_size,
-    eval_every=settings.eval_every,
-    seeds=settings.seeds,
-  )
+  config = settings.config()
   splits, model = functools.partial(make_splits, settings), make_model(settings)
   cosine = optimizers.OptimizerConfig("adam", settings.learning_rate, cosine=True)
   optimizer_of = {name: cosine.for_method(name, settings.num_steps) for name in names}

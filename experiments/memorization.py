@@ -30,6 +30,7 @@ from experiments.lib import launch
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.tables import table
 from l2rw_jax import base
@@ -94,12 +95,11 @@ class Settings(settings_lib.Settings):
     "Share of the labels that are replaced by a random class, possibly the true one.",
   )
   num_train: int | None = flag(None, unset="5,000; digits: all")
-  num_unlabeled: int = flag(
+  num_unlabeled: int = data_flag(
     0,
     "Number of held-out images that are labeled at random; 0 uses the training images,"
     " as in the released code.",
     bounds=settings_lib.IMAGES,
-    group="data",
   )
   num_epochs: int | None = flag(None, unset="60; digits: 200")
   batch_size: int = flag(
@@ -260,10 +260,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
     (split,) = splits((0,))
     steps_per_epoch = max(1, len(split.train.label) // settings.batch_size)
     config = settings.config(
-      num_steps=settings.epochs * steps_per_epoch,
-      batch_size=settings.batch_size,
-      seeds=settings.seeds,
-      eval_every=steps_per_epoch,
+      num_steps=settings.epochs * steps_per_epoch, eval_every=steps_per_epoch
     )
     runner.check_data(config, method, split)
     images = getattr(split, settings.unlabeled).image

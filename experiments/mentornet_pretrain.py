@@ -21,6 +21,7 @@ from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.tables import table
 from l2rw_jax import base
@@ -47,17 +48,14 @@ class Settings(settings_lib.OutputFlags):
     choices=[*mentornet.CURRICULA, "dd"],
     group="method",
   )
-  dump: str | None = flag(
-    None,
-    "File of a student's recorded losses, for --curriculum=dd.",
-    group="data",
+  dump: str | None = data_flag(
+    None, "File of a student's recorded losses, for --curriculum=dd."
   )
-  percentile: float = flag(
+  percentile: float = data_flag(
     75.0,
     "Percentile of all losses in --dump, from 0 to 100, which is subtracted from the"
     " losses.",
     bounds=settings_lib.Bounds(0, 100),
-    group="data",
   )
   use_labels: bool = flag(
     False,
@@ -72,12 +70,11 @@ class Settings(settings_lib.OutputFlags):
     choices=mentornet_network.COMPAT,
     group="method",
   )
-  num_rows: int = flag(
+  num_rows: int = data_flag(
     100_000,
     "Number of rows to draw from the grid on which a mentor is fitted to a predefined"
     " curriculum.",
     bounds=settings_lib.Bounds(100, 1_200_000),
-    group="data",
   )
   num_steps: int = flag(30_000)
   batch_size: int = flag(32, "Number of rows in an update.")

@@ -25,6 +25,7 @@ from experiments.lib import optimizers
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
 from experiments.tables import published
@@ -91,12 +92,11 @@ class Settings(runner.Settings):
   protocol: str = flag(
     "paper", "Settings to start from, which other flags override.", choices=PROTOCOLS
   )
-  majority: tuple[float, ...] | None = flag(
+  majority: tuple[float, ...] | None = data_flag(
     None,
     "Share of the 9s. The default is the paper's 0.9, 0.95, 0.98, 0.99 and 0.995;"
     " digits: 0.9 and 0.95.",
     bounds=settings_lib.INNER_SHARE,
-    group="data",
   )
   methods: tuple[str, ...] = methods_flag(FIGURE_METHODS, METHODS)
   num_seeds: int = flag(10, aliases=["num_splits"])
@@ -127,18 +127,15 @@ class Settings(runner.Settings):
     choices=["paper", "official_code"],
     group="method",
   )
-  clean_in_train: bool | None = flag(
-    None,
-    _by_protocol("Let baselines also train on the clean images."),
-    group="data",
+  clean_in_train: bool | None = data_flag(
+    None, _by_protocol("Let baselines also train on the clean images.")
   )
-  num_test: int | None = flag(
+  num_test: int | None = data_flag(
     None,
     _by_protocol(
       "Number of balanced test images; 0 for as many as there are, as with digits."
     ),
     bounds=settings_lib.IMAGES,
-    group="data",
   )
   learning_rate: float = flag(1e-3, "Learning rate of SGD.")
   momentum: float = flag(0.9)
@@ -215,8 +212,6 @@ def make_cell(settings: Settings, name: str, majority: float) -> runner.Cell:
   config = settings.config(
     num_steps=steps,
     batch_size=protocol.hard_mining_batch if is_hard_mining else settings.batch_size,
-    eval_every=settings.eval_every,
-    seeds=settings.seeds,
   )
   method = make_method(name, protocol.variant, steps)
   include_meta = protocol.clean_in_train and not method.needs_meta

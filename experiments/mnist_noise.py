@@ -27,6 +27,7 @@ from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
 from experiments.tables import published
@@ -176,11 +177,8 @@ class Settings(
     " --preset=bare, meta for l2rw and the methods that learn a weighting network.",
     choices=["validation", "meta"],
   )
-  pixels: str = flag(
-    "unit",
-    "Scale of the pixels: 0 to 1, or 0 to 255.",
-    choices=PIXELS,
-    group="data",
+  pixels: str = data_flag(
+    "unit", "Scale of the pixels: 0 to 1, or 0 to 255.", choices=PIXELS
   )
   initialization: str | None = flag(
     None,
@@ -333,7 +331,6 @@ def make_cell(
     batch_size=batch_size,
     meta_batch_size=meta_batch_size if num_meta else None,
     eval_every=steps_per_epoch,
-    seeds=settings.seeds,
   )
   optimizer = make_optimizer(settings, name, split, steps_per_epoch).for_method(
     name, config.num_steps

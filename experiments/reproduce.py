@@ -44,6 +44,7 @@ from experiments.lib import launch
 from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.tables import published
 from experiments.tables import published_cifar
@@ -120,10 +121,9 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   num_seeds: int = flag(
     3, "Number of seeds of a cell. Without this flag, the MNIST figure has 10 splits."
   )
-  results: str = flag(
+  results: str = data_flag(
     "results",
     "Folder of committed results. Cells with enough runs there have a lower priority.",
-    group="data",
   )
 
 

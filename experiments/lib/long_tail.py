@@ -15,6 +15,7 @@ from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.tables import published_cifar
 from experiments.tables import table
@@ -54,15 +55,14 @@ class Settings(
     " ldam_drw in cifar_long_tail, and the methods of results/mnist_long_tail in"
     " mnist_long_tail.",
   )
-  shape: str = flag(
+  shape: str = data_flag(
     "exponential",
     "Shape of the tail: class sizes fall exponentially, or half of the classes are"
     " small.",
     choices=long_tail.SHAPES,
-    group="data",
   )
   imbalance: tuple[float, ...] = flag((100.0,))
-  builder: str | None = flag(
+  builder: str | None = data_flag(
     None,
     _preset(
       "Paper whose class sizes are used: ldam (meta images are drawn from the images"
@@ -70,7 +70,6 @@ class Settings(
       " made)."
     ),
     choices=long_tail.BUILDERS,
-    group="data",
   )
   num_meta: int | None = flag(
     None, _preset("Number of clean meta images of each class.")
@@ -241,7 +240,6 @@ def make_cells(
     batch_size=preset.batch_size,
     meta_batch_size=settings.meta_batch_size or min(100, num_meta) or None,
     eval_every=settings.eval_every * steps_per_epoch,
-    seeds=settings.seeds,
   )
   problem = runner.make_problem(
     settings,

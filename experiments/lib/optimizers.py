@@ -37,17 +37,9 @@ def _restarted(
 class Settings(settings_lib.Settings):
   """The flag --schedule, for scripts whose presets have schedules."""
 
-  schedule: str | None = flag(None, unset="the preset's", choices=SCHEDULES)
-
-  def record(self) -> dict[str, Any]:
-    """Like the base class, but without --schedule if it is not set.
-
-    Folders that versions without --schedule have written therefore still match.
-    """
-    entries = super().record()
-    if self.schedule is None:
-      del entries["schedule"]
-    return entries
+  schedule: str | None = flag(
+    None, unset="the preset's", choices=SCHEDULES, recorded_with="schedule"
+  )
 
   def scheduled(self, optimizer: "OptimizerConfig") -> "OptimizerConfig":
     """`optimizer` with the schedule of --schedule; the warm-up stays the same."""

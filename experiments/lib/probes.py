@@ -23,6 +23,7 @@ class Settings(settings_lib.Settings):
     f" {', '.join(NAMES)}. They are saved in each run's metrics and results.json, and"
     " do not change training.",
     group="output",
+    recorded_with="probes",
   )
   probe_images: str = flag(
     "train",
@@ -30,24 +31,15 @@ class Settings(settings_lib.Settings):
     " held-out images.",
     choices=["train", "validation"],
     group="output",
+    recorded_with="probes",
   )
   probe_batch_size: int = flag(
     128,
     "Number of images that --probes=susceptibility labels at random.",
     bounds=settings_lib.BATCH,
     group="output",
+    recorded_with="probes",
   )
-
-  def record(self) -> dict[str, Any]:
-    """Like the base class, but without the flags of this class if no probe is given.
-
-    Folders that versions without probes have written therefore still match.
-    """
-    entries = super().record()
-    if not self.probes:
-      for name in ("probes", "probe_images", "probe_batch_size"):
-        del entries[name]
-    return entries
 
   def make_probes(self) -> tuple[evaluation.Probe, ...]:
     """The probes that `--probes` names, for `loop.train`."""

@@ -194,6 +194,8 @@ class Flag(NamedTuple):
     aliases: older names of the flag, which still work.
     key: key under which the value is recorded; None means the name of the flag.
     recorded: whether the value determines the results and is recorded in them.
+    recorded_with: name of a flag. The value is recorded only if that flag does not have
+      its default, because folders that older versions have written lack the entry.
     repeated: whether several strings are given by repeating the flag instead of
       separating them by commas.
   """
@@ -203,9 +205,10 @@ class Flag(NamedTuple):
   choices: tuple[str, ...] | None = None
   bounds: Bounds | None = None
   methods: tuple[str, ...] = ()
-  aliases: tuple[str, ...] = ()
+  aliases: Sequence[str] = ()
   key: str | None = None
   recorded: bool = True
+  recorded_with: str | None = None
   repeated: bool = False
 
 
@@ -215,13 +218,8 @@ def flag(
   *,
   unset: str | None = None,
   choices: Iterable[str] | None = None,
-  bounds: Bounds | None = None,
-  group: str | None = None,
   methods: Sequence[str] = (),
-  aliases: Sequence[str] = (),
-  key: str | None = None,
-  recorded: bool = True,
-  repeated: bool = False,
+  **others: Any,
 ) -> Any:
   """Declares a field of a class of settings; the arguments are those of `Flag`.
 
@@ -230,19 +228,14 @@ def flag(
   If `help`, `bounds` or `group` is missing, it is taken from `SHARED` by the name of
   the field. A flag that only some methods use belongs to the group of the methods.
   """
-  details = {
-    "help": help,
-    "unset": unset,
-    "group": group,
-    "choices": None if choices is None else tuple(choices),
-    "bounds": bounds,
-    "methods": tuple(methods),
-    "aliases": tuple(aliases),
-    "key": key,
-    "recorded": recorded,
-    "repeated": repeated,
-  }
+  details = {"help": help, "unset": unset, "methods": tuple(methods), **others}
+  details["choices"] = None if choices is None else tuple(choices)
   return dataclasses.field(default=default, metadata=details)
+
+
+# Declare flags of two of the groups.
+data_flag = functools.partial(flag, group="data")
+_process_flag = functools.partial(flag, group="processes", recorded=False)
 
 
 def methods_flag(default: Any, offered: Iterable[str]) -> Any:
@@ -261,7 +254,7 @@ def flags_of(settings: "type[Flags]") -> dict[str, Flag]:
     group = "method" if details["methods"] else "common"
     shared = SHARED.get(field.name, ("", None, group))
     for name, value in zip(("help", "bounds", "group"), shared, strict=True):
-      details[name] = value if details[name] is None else details[name]
+      details[name] = value if details.get(name) is None else details[name]
     if unset:
       details["help"] += f" The default is {unset}."
     flags[field.name] = Flag(**details)
@@ -329,13 +322,14 @@ class Flags:
 
   def record(self) -> dict[str, Any]:
     """Every flag that determines the results, with its value as JSON."""
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
     entries = {}
     for name, details in flags_of(type(self)).items():
-      if details.recorded:
-        value = getattr(self, name)
-        entries[details.key or name] = (
-          list(value) if isinstance(value, tuple) else value
-        )
+      value, condition = getattr(self, name), details.recorded_with or name
+      is_omitted = getattr(self, condition) == defaults[condition]
+      if details.recorded and not (details.recorded_with and is_omitted):
+        is_list = isinstance(value, tuple)
+        entries[details.key or name] = list(value) if is_list else value
     return entries
 
   def input_files(self) -> dict[str, str]:
@@ -420,19 +414,17 @@ class OutputFlags(Flags):
 class DataFlags(Flags):
   """The flags of every script that reads a data set of TFDS or of the user."""
 
-  data_dir: str | None = flag(
+  data_dir: str | None = data_flag(
     None,
     "Folder of prepared TFDS data sets. The default is the environment variable"
     " TFDS_DATA_DIR if it is set, and ~/tensorflow_datasets otherwise.",
-    group="data",
     recorded=False,
   )
-  cache_dir: str | None = flag(
+  cache_dir: str | None = data_flag(
     None,
     "Folder in which decoded data sets are kept. The default is l2rw_jax in the folder"
     " of the environment variable XDG_CACHE_HOME if it is set, and ~/.cache/l2rw_jax"
     " otherwise.",
-    group="data",
     recorded=False,
   )
 
@@ -477,39 +469,29 @@ class ProcessFlags(Flags):
 
   SEVERAL_PROCESSES = True
 
-  distributed: bool = flag(
+  distributed: bool = _process_flag(
     False,
     "Connect to the other processes of this run, which JAX detects on a TPU pod and"
     " under Slurm, Open MPI or Kubernetes.",
-    group="processes",
-    recorded=False,
   )
-  coordinator_address: str | None = flag(
+  coordinator_address: str | None = _process_flag(
     None,
     "Host and port of process 0, such as localhost:12345.",
-    group="processes",
-    recorded=False,
   )
-  num_processes: int | None = flag(
+  num_processes: int | None = _process_flag(
     None,
     "Number of processes of this run.",
     bounds=Bounds(1, 10**5),
-    group="processes",
-    recorded=False,
   )
-  process_id: int | None = flag(
+  process_id: int | None = _process_flag(
     None,
     "Number of this process, from 0. Process 0 writes all files.",
     bounds=Bounds(0, 10**5),
-    group="processes",
-    recorded=False,
   )
-  initialization_timeout: int = flag(
+  initialization_timeout: int = _process_flag(
     300,
     "Seconds to wait for the other processes at the start.",
     bounds=Bounds(1, 10**5),
-    group="processes",
-    recorded=False,
   )
 
 
@@ -540,22 +522,20 @@ class TrainingFlags(OutputFlags, ProcessFlags):
     recorded=False,
   )
   # These two flags affect only speed and memory.
-  data: str = flag(
+  data: str = data_flag(
     "auto",
     "Where the training examples are: resident keeps them on the devices, stream reads"
     " them ahead of the steps that use them, and auto streams them if they do not fit"
     " (docs/your_own_data.md).",
     choices=config_lib.DATA,
-    group="data",
     recorded=False,
   )
-  data_workers: int | None = flag(
+  data_workers: int | None = data_flag(
     None,
     "Number of worker processes that decode streamed images; 0 decodes them in threads."
     " The default is 0 on CPU, where training needs the cores, and the number of cores,"
     " at most 8, elsewhere.",
     bounds=Bounds(0, streaming.MOST_THREADS),
-    group="data",
     recorded=False,
   )
   checkpoint_every: int = flag(
@@ -570,16 +550,20 @@ class TrainingFlags(OutputFlags, ProcessFlags):
   )
 
   def config(self, **values: Any) -> config_lib.Config:
-    """The configuration of a run, with the flags that every script has."""
-    return config_lib.Config(
-      num_devices=self.num_devices,
-      device_map=self.device_map,
-      steps_per_call=self.steps_per_call,
-      checkpoint_every=self.checkpoint_every,
-      data=self.data,
-      data_workers=self._data_workers(),
-      **values,
+    """The configuration of a run: the values of the flags, and other values.
+
+    Args:
+      **values: fields of the configuration that have no flag of the same name, or whose
+        value is not that of the flag.
+    """
+    names = (
+      *("num_steps", "batch_size", "meta_batch_size", "eval_every"),
+      *("num_devices", "device_map", "steps_per_call", "checkpoint_every", "data"),
     )
+    flags = {name: getattr(self, name) for name in names if hasattr(self, name)}
+    flags |= {"seeds": self.seeds} if hasattr(self, "num_seeds") else {}
+    flags["data_workers"] = self._data_workers()
+    return config_lib.Config(**flags | values)
 
   @property
   def seeds(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.lib import own_data as own_data_lib
 from experiments.lib import settings as settings_lib
-from experiments.lib.settings import flag
+from experiments.lib.settings import data_flag
 from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
 
@@ -24,12 +24,11 @@ def _scale(images: Any) -> own_data.Pixels | None:
 class Settings(settings_lib.Settings):
   """The flag --trusted, for scripts that also have --dataset and --num_meta."""
 
-  trusted: str | None = flag(
+  trusted: str | None = data_flag(
     None,
     "Your own data with labels that you trust: images:DIR, npz:FILE or csv:FILE. All of"
     " these examples become the meta set, instead of --num_meta clean images of each"
     " class.",
-    group="data",
   )
 
   def record(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from experiments.lib import launch
 from experiments.lib import settings as settings_lib
+from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.tables import catalog
 from experiments.tables import formats
@@ -33,8 +34,8 @@ class Settings(settings_lib.Flags):
     "Experiments to show, separated by commas. The default is all in --results.",
     group="output",
   )
-  results: str = flag(
-    "results", "Folder of the results, with a folder for each experiment.", group="data"
+  results: str = data_flag(
+    "results", "Folder of the results, with a folder for each experiment."
   )
   out: str | None = flag(
     None, "Folder to write tables.md, tables.csv and tables.png to.", group="output"
