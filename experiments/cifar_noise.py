@@ -38,6 +38,7 @@ from experiments.lib import trusted
 from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
+from experiments.lib.settings import preset_flag
 from experiments.tables import published_cifar
 from experiments.tables import table
 from l2rw_jax import base
@@ -163,11 +164,6 @@ PRESETS = {
 }
 
 
-def _by_preset(text: str) -> str:
-  """The help text of a flag whose default is the preset's."""
-  return f"{text} The default is the preset's."
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings(
   registries.Settings, trusted.Settings, optimizers.Settings, runner.Settings
@@ -183,13 +179,10 @@ class Settings(
     "Data set: the name of any image set that TFDS has prepared in --data_dir,"
     f" {own_data_lib.HELP}. The default is cifar10, and cifar10_n for --noise=human.",
   )
-  noise: str | None = flag(None, unset="the preset's", choices=noisy_labels.BUILDERS)
-  noise_fraction: float | None = flag(
-    None,
-    _by_preset(
-      "Share of wrong labels or, for some values of --noise, a parameter that sets it"
-      " (l2rw_jax/data/noisy_labels.py)."
-    ),
+  noise: str | None = preset_flag(choices=noisy_labels.BUILDERS)
+  noise_fraction: float | None = preset_flag(
+    "Share of wrong labels or, for some values of --noise, a parameter that sets it"
+    " (l2rw_jax/data/noisy_labels.py)."
   )
   noise_variant: str = flag("paper", choices=["paper", "official_code"])
   annotation: str | None = data_flag(
@@ -197,33 +190,29 @@ class Settings(
     "Annotators whose labels are used, for --noise=human. The default is worst.",
     choices=noisy_labels.ANNOTATIONS,
   )
-  network: str | None = flag(None, unset="the preset's", choices=registries.NETWORKS)
-  augmentation: str | None = data_flag(
-    None,
-    _by_preset("Augmentation and scaling of the images, named after a paper."),
+  network: str | None = preset_flag(choices=registries.NETWORKS)
+  augmentation: str | None = preset_flag(
+    "Augmentation and scaling of the images, named after a paper.",
     choices=registries.AUGMENTATIONS,
+    group="data",
   )
-  num_steps: int | None = flag(
-    None,
-    _by_preset("Number of parameter updates; the preset's decays move in proportion."),
+  num_steps: int | None = preset_flag(
+    "Number of parameter updates; the preset's decays move in proportion."
   )
-  decay_steps: tuple[str, ...] | None = flag(
-    None,
-    _by_preset(
-      "Numbers of updates after each of which the learning rate falls to a tenth,"
-      " separated by commas."
-    ),
+  decay_steps: tuple[str, ...] | None = preset_flag(
+    "Numbers of updates after each of which the learning rate falls to a tenth,"
+    " separated by commas."
   )
-  learning_rate: float | None = flag(None, _by_preset("Learning rate of SGD."))
-  momentum: float | None = flag(None, unset="the preset's")
-  nesterov: bool | None = flag(None, _by_preset("Use Nesterov's momentum."))
-  weight_decay: float | None = flag(None, unset="the preset's")
-  batch_size: int | None = flag(None, unset="the preset's")
+  learning_rate: float | None = preset_flag("Learning rate of SGD.")
+  momentum: float | None = preset_flag()
+  nesterov: bool | None = preset_flag("Use Nesterov's momentum.")
+  weight_decay: float | None = preset_flag()
+  batch_size: int | None = preset_flag()
   meta_batch_size: int | None = flag(
     None, unset="the preset's, or all if there are fewer"
   )
-  num_meta: int | None = flag(None, unset="the preset's")
-  num_validation: int | None = flag(None, unset="the preset's")
+  num_meta: int | None = preset_flag()
+  num_validation: int | None = preset_flag()
   seeds_at_once: int = flag(1)
   eval_every: int = flag(500)
   dump_losses: bool = flag(False)

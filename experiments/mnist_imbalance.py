@@ -71,11 +71,7 @@ PROTOCOLS = {
   "paper": Protocol(8000, 8000, 100, "paper", False, 0),
   "official_code": Protocol(8000, 4000, 500, "official_code", True, 500),
 }
-
-
-def _by_protocol(text: str) -> str:
-  """The help text of a flag whose default is the protocol's."""
-  return f"{text} The default is the protocol's."
+_protocol_flag = functools.partial(flag, None, unset="the protocol's")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,39 +99,30 @@ class Settings(runner.Settings):
   seeds_at_once: int | None = flag(
     None, unset="1 on CPU and all elsewhere", aliases=["splits_at_once"]
   )
-  num_steps: int | None = flag(
-    None, _by_protocol("Number of parameter updates of the baselines.")
+  num_steps: int | None = _protocol_flag(
+    "Number of parameter updates of the baselines."
   )
-  l2rw_steps: int | None = flag(
-    None,
-    _by_protocol("Number of parameter updates of L2RW."),
-    bounds=settings_lib.STEPS,
-    methods=["l2rw"],
+  l2rw_steps: int | None = _protocol_flag(
+    "Number of parameter updates of L2RW.", bounds=settings_lib.STEPS, methods=["l2rw"]
   )
   batch_size: int = flag(
     100, "Number of training examples in a step, except for hard mining."
   )
-  hard_mining_batch: int | None = flag(
-    None,
-    _by_protocol("Batch size of hard mining."),
-    bounds=settings_lib.BATCH,
-    methods=["hard_mining"],
+  hard_mining_batch: int | None = _protocol_flag(
+    "Batch size of hard mining.", bounds=settings_lib.BATCH, methods=["hard_mining"]
   )
-  variant: str | None = flag(
-    None,
-    _by_protocol("Variant of the methods proportion and hard_mining."),
+  variant: str | None = _protocol_flag(
+    "Variant of the methods proportion and hard_mining.",
     choices=["paper", "official_code"],
     group="method",
   )
-  clean_in_train: bool | None = data_flag(
-    None, _by_protocol("Let baselines also train on the clean images.")
+  clean_in_train: bool | None = _protocol_flag(
+    "Let baselines also train on the clean images.", group="data"
   )
-  num_test: int | None = data_flag(
-    None,
-    _by_protocol(
-      "Number of balanced test images; 0 for as many as there are, as with digits."
-    ),
+  num_test: int | None = _protocol_flag(
+    "Number of balanced test images; 0 for as many as there are, as with digits.",
     bounds=settings_lib.IMAGES,
+    group="data",
   )
   learning_rate: float = flag(1e-3, "Learning rate of SGD.")
   momentum: float = flag(0.9)

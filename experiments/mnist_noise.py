@@ -30,6 +30,7 @@ from experiments.lib import trusted
 from experiments.lib.settings import data_flag
 from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
+from experiments.lib.settings import preset_flag
 from experiments.tables import published
 from experiments.tables import table
 from l2rw_jax import base
@@ -160,15 +161,13 @@ class Settings(
   )
   methods: tuple[str, ...] = methods_flag(COMPARED, METHODS)
   seeds_at_once: int | None = flag(None, unset="all, and 1 for LeNet on CPU")
-  num_epochs: int | None = flag(None, unset="the preset's")
+  num_epochs: int | None = preset_flag()
   num_meta: int = flag(
     100, "Number of clean images of each class; for digits, use at most 20."
   )
-  num_validation: int | None = flag(None, unset="the preset's")
-  plateau: bool | None = flag(
-    None,
+  num_validation: int | None = preset_flag()
+  plateau: bool | None = preset_flag(
     "Let the learning rate fall to a tenth when a loss (--plateau_data) stops falling."
-    " The default is the preset's.",
   )
   plateau_data: str | None = flag(
     None,
@@ -180,23 +179,16 @@ class Settings(
   pixels: str = data_flag(
     "unit", "Scale of the pixels: 0 to 1, or 0 to 255.", choices=PIXELS
   )
-  initialization: str | None = flag(
-    None,
+  initialization: str | None = preset_flag(
     "Distribution of the initial parameters: the default of flax or of PyTorch.",
-    unset="the preset's",
     choices=INITIALIZATIONS,
   )
-  batch_size: int | None = flag(None, unset="the preset's")
-  meta_batch_size: int | None = flag(None, unset="the preset's")
-  learning_rate: float | None = flag(
-    None, "Learning rate at the start. The default is the preset's."
-  )
-  momentum: float | None = flag(None, unset="the preset's")
-  lookahead_learning_rate: float | None = flag(
-    None,
-    unset="the preset's",
-    methods=registries.META_LEARNED,
-    aliases=["look_ahead_rate"],
+  batch_size: int | None = preset_flag()
+  meta_batch_size: int | None = preset_flag()
+  learning_rate: float | None = preset_flag("Learning rate at the start.")
+  momentum: float | None = preset_flag()
+  lookahead_learning_rate: float | None = preset_flag(
+    methods=registries.META_LEARNED, aliases=["look_ahead_rate"]
   )
   dump_losses: bool = flag(False)
 

@@ -29,15 +29,14 @@ from l2rw_jax.training import evaluation
 from l2rw_jax.training import results as results_lib
 
 METHODS = tuple(registries.LONG_TAIL)
+_preset_flag = functools.partial(
+  flag,
+  None,
+  unset="that of --preset in cifar_long_tail, and that of PRESET in the source code in"
+  " mnist_long_tail",
+)
 _SHOTS = {f"{name}_percent": f"{name}-shot" for name in evaluation.SHOTS}
 _COLORS = {"many_percent": "C2", "medium_percent": "C1", "few_percent": "C3"}
-
-
-def _preset(text: str) -> str:
-  return (
-    f"{text} The default is that of --preset in cifar_long_tail, and that of PRESET in"
-    " the source code in mnist_long_tail."
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,36 +61,29 @@ class Settings(
     choices=long_tail.SHAPES,
   )
   imbalance: tuple[float, ...] = flag((100.0,))
-  builder: str | None = data_flag(
-    None,
-    _preset(
-      "Paper whose class sizes are used: ldam (meta images are drawn from the images"
-      " that the tail leaves over) or mwn (meta images are removed before the tail is"
-      " made)."
-    ),
+  builder: str | None = _preset_flag(
+    "Paper whose class sizes are used: ldam (meta images are drawn from the images"
+    " that the tail leaves over) or mwn (meta images are removed before the tail is"
+    " made).",
     choices=long_tail.BUILDERS,
+    group="data",
   )
-  num_meta: int | None = flag(
-    None, _preset("Number of clean meta images of each class.")
-  )
+  num_meta: int | None = _preset_flag("Number of clean meta images of each class.")
   seeds_at_once: int | None = flag(
     None, unset="1 in cifar_long_tail and for LeNet on CPU, and all otherwise"
   )
-  num_epochs: int | None = flag(
-    None,
-    _preset(
-      "Number of passes over the training set. The drops of the learning rate move in"
-      " proportion."
-    ),
+  num_epochs: int | None = _preset_flag(
+    "Number of passes over the training set. The drops of the learning rate move in"
+    " proportion."
   )
-  batch_size: int | None = flag(None, _preset("Number of training images in a step."))
+  batch_size: int | None = _preset_flag("Number of training images in a step.")
   meta_batch_size: int | None = flag(
     None,
     "Number of meta images in a step. The default is 100, or all if there are fewer.",
   )
-  learning_rate: float | None = flag(None, _preset("Highest learning rate of SGD."))
-  momentum: float | None = flag(None, _preset("Momentum of SGD."))
-  weight_decay: float | None = flag(None, _preset("Weight decay of all parameters."))
+  learning_rate: float | None = _preset_flag("Highest learning rate of SGD.")
+  momentum: float | None = _preset_flag("Momentum of SGD.")
+  weight_decay: float | None = _preset_flag("Weight decay of all parameters.")
   eval_every: int = flag(1, "Number of epochs between two evaluations.")
 
 

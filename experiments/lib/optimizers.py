@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.lib import settings as settings_lib
-from experiments.lib.settings import flag
+from experiments.lib.settings import preset_flag
 from l2rw_jax import base
 from l2rw_jax.training import validation
 
@@ -37,9 +37,7 @@ def _restarted(
 class Settings(settings_lib.Settings):
   """The flag --schedule, for scripts whose presets have schedules."""
 
-  schedule: str | None = flag(
-    None, unset="the preset's", choices=SCHEDULES, recorded_with="schedule"
-  )
+  schedule: str | None = preset_flag(choices=SCHEDULES, recorded_with="schedule")
 
   def scheduled(self, optimizer: "OptimizerConfig") -> "OptimizerConfig":
     """`optimizer` with the schedule of --schedule; the warm-up stays the same."""

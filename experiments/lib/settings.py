@@ -233,7 +233,8 @@ def flag(
   return dataclasses.field(default=default, metadata=details)
 
 
-# Declare flags of two of the groups.
+# Declare flags whose default None means the value of --preset, and flags of two groups.
+preset_flag = functools.partial(flag, None, unset="the preset's")
 data_flag = functools.partial(flag, group="data")
 _process_flag = functools.partial(flag, group="processes", recorded=False)
 
