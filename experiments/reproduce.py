@@ -20,6 +20,7 @@ Estimates: the FLOPs of a cell are the FLOPs of a forward pass, which XLA counts
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -64,30 +65,6 @@ _COMPILE_MINUTES = {"cpu": 0.5, "gpu": 1.5}
 # out.
 _MENTOR = "results/mentornet_pretrain/pd/mentor.json"
 _LEFT_OUT = ("mentornet_dd",)
-# The method that each paper proposes, whose cells have a higher value than the cells of
-# the baselines.
-_PROPOSED = {
-  "mnist_imbalance": "l2rw",
-  "bare": "bare",
-  "l2rw_uniform": "l2rw",
-  "l2rw_background": "l2rw",
-  "mwn_uniform": "meta_weight_net",
-  "mwn_flip": "meta_weight_net",
-  "mentornet": "mentornet_pd",
-  "ldam": "ldam_drw",
-  "mwn": "meta_weight_net",
-}
-_PAPERS = {
-  "mnist_imbalance": "Ren et al. 2018, figure 3",
-  "bare": "Patel and Sastry 2023, MNIST table",
-  "l2rw_uniform": "Ren et al. 2018, UniformFlip table",
-  "l2rw_background": "Ren et al. 2018, BackgroundFlip table",
-  "mwn_uniform": "Shu et al. 2019, uniform noise",
-  "mwn_flip": "Shu et al. 2019, flip noise",
-  "mentornet": "Jiang et al. 2018, table 2",
-  "ldam": "Cao et al. 2019, tables 2 and 5",
-  "mwn": "Shu et al. 2019, long tails",
-}
 _CIFAR, _MNIST = (32, 32, 3), (28, 28, 1)
 
 
@@ -127,6 +104,46 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
 
 
+class Paper(NamedTuple):
+  """A paper whose numbers are in the catalog.
+
+  Attributes:
+    table: the paper, and the table in it.
+    proposed: the method that it proposes, whose cells have a higher value than the
+      cells of the baselines.
+    note: an uncertain part of the protocol, from the script.
+  """
+
+  table: str
+  proposed: str
+  note: str = ""
+
+
+_PAPERS = {
+  "mnist_imbalance": Paper("Ren et al. 2018, figure 3", "l2rw"),
+  "bare": Paper("Patel and Sastry 2023, MNIST table", "bare"),
+  "l2rw_uniform": Paper("Ren et al. 2018, UniformFlip table", "l2rw"),
+  "l2rw_background": Paper("Ren et al. 2018, BackgroundFlip table", "l2rw"),
+  "mwn_uniform": Paper(
+    "Shu et al. 2019, uniform noise",
+    "meta_weight_net",
+    "published baselines on a longer schedule",
+  ),
+  "mwn_flip": Paper(
+    "Shu et al. 2019, flip noise",
+    "meta_weight_net",
+    "length of the schedule not verified",
+  ),
+  "mentornet": Paper(
+    "Jiang et al. 2018, table 2",
+    "mentornet_pd",
+    "whether the true class is drawn too is not verified",
+  ),
+  "ldam": Paper("Cao et al. 2019, tables 2 and 5", "ldam_drw"),
+  "mwn": Paper("Shu et al. 2019, long tails", "meta_weight_net"),
+}
+
+
 class Cell(NamedTuple):
   """A published number, and the run that reproduces it.
 
@@ -152,12 +169,12 @@ class Cell(NamedTuple):
   method: str
   facts: dict[str, Any]
   settings: dict[str, Any]
-  published: float | None
-  spread: float | None
-  column: str
-  repeats: int | None
-  size: "Size | None"
-  is_proposed: bool
+  published: float | None = None
+  spread: float | None = None
+  column: str = "accuracy_percent"
+  repeats: int | None = None
+  size: "Size | None" = None
+  is_proposed: bool = False
   note: str = ""
 
   @property
@@ -195,23 +212,43 @@ def catalog() -> list[Cell]:
   return [*_imbalance(), *_bare(), *_cifar_noise(), *_long_tail(), *_step_time()]
 
 
+def _cell(
+  *name: str, paper: str, facts: dict[str, Any], settings: dict[str, Any], **others: Any
+) -> Cell:
+  """A cell of a paper.
+
+  Args:
+    *name: the parts of its name: the script, the setting, and the method.
+    paper: a key of `_PAPERS`.
+    facts: columns of the rows of this cell in addition to the method.
+    settings: settings of the script in addition to the method.
+    **others: other attributes of the cell.
+  """
+  script, method = name[0], name[-1]
+  table, proposed, note = _PAPERS[paper]
+  return Cell(
+    *("-".join(name), table, f"experiments.{script}", method, facts),
+    {**settings, "methods": (method,)},
+    is_proposed=method == proposed,
+    note=note,
+    **others,
+  )
+
+
 def _imbalance() -> Iterator[Cell]:
-  protocol = mnist_imbalance.PROTOCOLS["paper"]
+  size = Size("mnist_lenet", mnist_imbalance.PROTOCOLS["paper"].num_steps, 100, 10)
   for method, numbers in published.MNIST_IMBALANCE.items():
-    for majority, number in numbers.items():
-      batch_size = 100
-      yield Cell(
-        f"mnist_imbalance-{majority:g}-{method}",
-        _PAPERS["mnist_imbalance"],
-        "experiments.mnist_imbalance",
-        method,
-        {"dataset": "mnist", "majority": majority, "protocol": "paper"},
-        {"majority": (majority,), "methods": (method,)},
-        *number,
-        "error_percent",
-        10,
-        Size("mnist_lenet", protocol.num_steps, batch_size, 10),
-        method == _PROPOSED["mnist_imbalance"],
+    for majority, (error, spread) in numbers.items():
+      yield _cell(
+        *("mnist_imbalance", f"{majority:g}", method),
+        paper="mnist_imbalance",
+        facts={"dataset": "mnist", "majority": majority, "protocol": "paper"},
+        settings={"majority": (majority,)},
+        published=error,
+        spread=spread,
+        column="error_percent",
+        repeats=10,
+        size=size,
       )
 
 
@@ -220,26 +257,18 @@ def _bare() -> Iterator[Cell]:
   # The training set has 48,000 of the 60,000 images; 11,000 are for validation, and
   # 1,000 are the clean ones.
   steps = preset.num_epochs * (48_000 // preset.batch_size)
+  size = Size("mnist_mlp", steps, preset.batch_size, preset.meta_batch_size)
   for (noise, fraction), methods in published.MNIST_NOISE.items():
-    for method, number in methods.items():
-      yield Cell(
-        f"mnist_noise-bare-{noise}-{fraction:g}-{method}",
-        _PAPERS["bare"],
-        "experiments.mnist_noise",
-        method,
-        {
-          **{"dataset": "mnist", "preset": "bare", "pixels": "raw"},
-          **{"noise": noise, "fraction": fraction},
-        },
-        {
-          **{"preset": "bare", "pixels": "raw", "noise": noise},
-          **{"noise_fraction": (fraction,), "methods": (method,)},
-        },
-        *number,
-        "accuracy_percent",
-        None,
-        Size("mnist_mlp", steps, preset.batch_size, preset.meta_batch_size),
-        method == _PROPOSED["bare"],
+    shared = {"preset": "bare", "pixels": "raw", "noise": noise}
+    for method, (accuracy, spread) in methods.items():
+      yield _cell(
+        *("mnist_noise", "bare", noise, f"{fraction:g}", method),
+        paper="bare",
+        facts={"dataset": "mnist", **shared, "fraction": fraction},
+        settings={**shared, "noise_fraction": (fraction,)},
+        published=accuracy,
+        spread=spread,
+        size=size,
       )
 
 
@@ -248,68 +277,35 @@ def _cifar_noise() -> Iterator[Cell]:
     if method in _LEFT_OUT:
       continue
     preset = cifar_noise.PRESETS[name]
-    settings = {
-      **{"preset": name, "dataset": "cifar10", "noise_fraction": fraction},
-      "methods": (method,),
-    }
-    if method == "mentornet_pd":
-      settings["mentor"] = (_MENTOR,)
+    sizes = (preset.num_steps, preset.batch_size, preset.meta_batch_size)
     number = published_cifar.lookup(name, "cifar10", noise, fraction, method)
-    yield Cell(
-      f"cifar_noise-{name}-{fraction:g}-{method}",
-      _PAPERS[name],
-      "experiments.cifar_noise",
-      method,
-      {
-        **{"dataset": "cifar10", "preset": name, "noise": noise},
-        **{"fraction": fraction, "network": preset.network},
-      },
-      settings,
-      *number,
-      "accuracy_percent",
-      None,
-      Size(preset.network, preset.num_steps, preset.batch_size, preset.meta_batch_size),
-      method == _PROPOSED[name],
-      _NOTES.get(name, ""),
+    shared = {"preset": name, "dataset": "cifar10"}
+    mentor = {"mentor": (_MENTOR,)} if method == "mentornet_pd" else {}
+    yield _cell(
+      *("cifar_noise", name, f"{fraction:g}", method),
+      paper=name,
+      facts={**shared, "noise": noise, "fraction": fraction, "network": preset.network},
+      settings={**shared, "noise_fraction": fraction, **mentor},
+      published=number[0],
+      spread=number[1],
+      size=Size(preset.network, *sizes),
     )
-
-
-# Uncertain parts of the presets, from the scripts.
-_NOTES = {
-  "mwn_uniform": "published baselines on a longer schedule",
-  "mwn_flip": "length of the schedule not verified",
-  "mentornet": "whether the true class is drawn too is not verified",
-}
 
 
 def _long_tail() -> Iterator[Cell]:
   for method, builder, shape, imbalance in published_cifar.long_tail_cells("cifar10"):
     preset = cifar_long_tail.PRESETS[builder]
     size = _tail_size(builder, shape, imbalance)
-    yield Cell(
-      f"cifar_long_tail-{builder}-{shape}-{imbalance:g}-{method}",
-      _PAPERS[builder],
-      "experiments.cifar_long_tail",
-      method,
-      {
-        **{"dataset": "cifar10", "preset": builder, "builder": builder},
-        **{"shape": shape, "imbalance": imbalance, "network": "resnet_32"},
-      },
-      {
-        **{"preset": builder, "shape": shape, "imbalance": (imbalance,)},
-        "methods": (method,),
-      },
-      published_cifar.long_tail("cifar10", method, builder, shape, imbalance),
-      None,
-      "accuracy_percent",
-      None,
-      Size(
-        "resnet_32",
-        preset.num_epochs * (size // preset.batch_size),
-        preset.batch_size,
-        100,
-      ),
-      method == _PROPOSED[builder],
+    num_steps = preset.num_epochs * (size // preset.batch_size)
+    shared = {"preset": builder, "shape": shape}
+    data = {"dataset": "cifar10", "builder": builder, "network": "resnet_32"}
+    yield _cell(
+      *("cifar_long_tail", builder, shape, f"{imbalance:g}", method),
+      paper=builder,
+      facts={**shared, **data, "imbalance": imbalance},
+      settings={**shared, "imbalance": (imbalance,)},
+      published=published_cifar.long_tail("cifar10", method, builder, shape, imbalance),
+      size=Size("resnet_32", num_steps, preset.batch_size, 100),
     )
 
 
@@ -328,20 +324,9 @@ def _step_time() -> Iterator[Cell]:
     ("step_time", {}, {"dtype": "float32"}),
     ("step_time-wrn_28_10", wide, facts),
   ):
-    yield Cell(
-      name,
-      "Ren et al. 2018: about 3 times plain training",
-      "benchmarks.step_time",
-      "l2rw",
-      of_rows,
-      settings,
-      None,
-      None,
-      "ratio",
-      1,
-      None,
-      True,
-    )
+    paper = "Ren et al. 2018: about 3 times plain training"
+    cell = Cell(name, paper, "benchmarks.step_time", "l2rw", of_rows, settings)
+    yield cell._replace(column="ratio", repeats=1, is_proposed=True)
 
 
 # Minutes of cells without a size. The first number was measured on two CPU cores; the
@@ -425,8 +410,8 @@ def estimated_minutes(settings: Settings, cell: Cell, device: str) -> float:
   if cell.size is None:
     return _FIXED_MINUTES[cell.name][device]
   pass_ = forward(cell.size.network)
-  train, meta = passes(cell.method, pass_.has_batch_norm)
-  launches = cell.size.num_steps * pass_.layers * (train + meta) * _LAUNCH[device]
+  num_passes = sum(passes(cell.method, pass_.has_batch_norm))
+  launches = cell.size.num_steps * pass_.layers * num_passes * _LAUNCH[device]
   if device == "cpu":  # Seeds run one after the other.
     launches *= seeds(settings, cell)
   computed = (flops(settings, cell) or 0.0) / _SPEED[device]
@@ -626,31 +611,27 @@ def make_run(settings: Settings, cell: Cell) -> tuple[Callable[..., Any], Any]:
   return module.run, module.Settings(**values)
 
 
-class _OutOfTime:
+@contextlib.contextmanager
+def _time_limit(seconds: float | None) -> Iterator[threading.Event]:
   """Sends this process the signal of Ctrl-C when its time is up.
 
   The training loop then saves a checkpoint, as it does when a user presses Ctrl-C.
+  Yields an event that is set when the time is up.
   """
+  is_over = threading.Event()
 
-  def __init__(self, seconds: float | None):
-    self.is_over = False
-    self._timer = None
-    if seconds is not None:
-      self._timer = threading.Timer(seconds, self._end)
-      self._timer.daemon = True
-
-  def __enter__(self) -> "_OutOfTime":
-    if self._timer:
-      self._timer.start()
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    if self._timer:
-      self._timer.cancel()
-
-  def _end(self) -> None:
-    self.is_over = True
+  def end():
+    is_over.set()
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+  timer = threading.Timer(seconds or 0.0, end)
+  timer.daemon = True
+  if seconds is not None:
+    timer.start()
+  try:
+    yield is_over
+  finally:
+    timer.cancel()
 
 
 def _run_cell(
@@ -662,10 +643,10 @@ def _run_cell(
   print(f"\n{cell.name}: {cell.command}", flush=True)
   started, rows = time.monotonic(), None
   try:
-    with _OutOfTime(seconds) as limit:
+    with _time_limit(seconds) as is_over:
       rows = run(its_settings, folder)
   except KeyboardInterrupt:
-    if not limit.is_over:
+    if not is_over.is_set():
       raise
   finally:
     if folder.is_dir():
@@ -714,7 +695,8 @@ def run(settings: Settings, workdir: Any) -> list[Entry]:
   if settings.is_given("results") and not pathlib.Path(settings.results).is_dir():
     raise base.InputError(f"--results={settings.results} is not a folder: name one.")
   backend = jax.default_backend()
-  device = settings.device or (backend if backend in DEVICES else "gpu")
+  used = backend if backend in DEVICES else "gpu"
+  device = settings.device or used
   root = pathlib.Path(workdir)
   if settings.rehearse:
     root = root / "rehearsal"
@@ -722,7 +704,7 @@ def run(settings: Settings, workdir: Any) -> list[Entry]:
   if settings.list:
     print(describe(settings, entries))
     return entries
-  if device != (backend if backend in DEVICES else "gpu"):
+  if device != used:
     raise base.InputError(
       f"--device={device}: JAX uses a {backend.upper()}; leave the flag out, or install"
       " jax for the other device."
