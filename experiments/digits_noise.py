@@ -26,6 +26,7 @@ from experiments.lib import issue_files
 from experiments.lib import launch
 from experiments.lib import optimizers
 from experiments.lib import own_data as own_data_lib
+from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -34,12 +35,9 @@ from experiments.lib.settings import flag
 from experiments.lib.settings import methods_flag
 from experiments.tables import table
 from l2rw_jax import audit
-from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import own_data
-from l2rw_jax.methods import baselines
-from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 from l2rw_jax.training import results as results_lib
@@ -99,25 +97,6 @@ TABLE = table.Layout(
 )
 
 
-def make_method(name: str, num_steps: int) -> base.Method:
-  """The `Method` for a name in `--methods`."""
-
-  def fine_tuning():
-    return baselines.fine_tuning(optimizers.fine_tuning_steps(num_steps))
-
-  methods = {
-    "uniform": baselines.uniform,
-    "random": baselines.random,
-    "proportion": baselines.class_proportion,
-    "resampling": baselines.resampling,
-    "clean_only": baselines.clean_only,
-    "fine_tuning": fine_tuning,
-    "fine_tuning_restarted": fine_tuning,
-    "l2rw": l2rw.l2rw,
-  }
-  return methods[name]()
-
-
 def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
   """The data of some seeds."""
   return [
@@ -157,7 +136,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       {},
       config,
       model,
-      audit.recording(make_method(name, settings.num_steps)),
+      audit.recording(registries.simple_method(name, settings.num_steps)),
       optimizer,
       splits,
       folder=name,

@@ -20,15 +20,14 @@ Measured: results/fairness.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import optax
 
 from experiments.lib import figures
 from experiments.lib import launch
+from experiments.lib import optimizers
 from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
@@ -43,7 +42,6 @@ from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import fairness
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
-from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
 from l2rw_jax.training import devices
 from l2rw_jax.training import evaluation
@@ -191,38 +189,24 @@ TABLE = table.Layout(
 )
 
 
-class Setting(NamedTuple):
-  """The method and data of one line of the table.
+def make_facts(
+  method: str, percent: int | None = None, kept: str = ""
+) -> dict[str, Any]:
+  """The columns that distinguish the lines of the table.
 
-  Attributes:
+  Args:
     method: the method or, with condensation, the method whose weights select images.
     percent: percentage of the images for uniform training; None for all images.
     kept: how these images are selected, "top" or "random"; "" for all images.
   """
-
-  method: str
-  percent: int | None = None
-  kept: str = ""
-
-  @property
-  def name(self) -> str:
-    """Name of its folder."""
-    if self.percent is None:
-      return self.method
-    return f"condensed-{self.method}-{self.kept}-{self.percent}"
+  return {"method": method, "kept_percent": percent, "kept": kept}
 
 
 def make_method(settings: Settings, name: str) -> base.Method:
   """The `Method` for a name in `--methods`."""
   if name in FORML:
     return _make_forml(settings, name.removeprefix("forml_"))
-  methods = {
-    "uniform": baselines.uniform,
-    "class_proportion": baselines.class_proportion,
-    "l2rw": l2rw.l2rw,
-    "clean_only": baselines.clean_only,
-  }
-  return methods[name]()
+  return registries.simple_method(name)
 
 
 def _make_forml(settings: Settings, objective: str) -> base.Method:
@@ -276,11 +260,14 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
 
 def make_cell(
   settings: Settings,
-  setting: Setting,
+  facts: dict[str, Any],
   method: base.Method,
   splits: Sequence[examples_lib.Splits],
 ) -> runner.Cell:
-  """The cell of a setting; seeds run side by side, except convolutions on CPU."""
+  """The cell of a line; seeds run side by side, except convolutions on CPU."""
+  name, percent, kept = (facts[k] for k in ("method", "kept_percent", "kept"))
+  if percent is not None:
+    name = f"condensed-{name}-{kept}-{percent}"
   large, num_classes = settings.dataset == "cifar10", splits[0].num_classes
   network = settings.network or ("resnet" if large else "mlp")
   meta_batch_size = settings.meta_batch_size
@@ -292,33 +279,28 @@ def make_cell(
   )
   module = NETWORKS[network](num_classes, axis_name=devices.AXIS_NAME)
   return runner.Cell(
-    setting.name,
-    {},
+    name,
+    facts,
     config,
     classifier.Classifier(module, num_classes),
     method,
-    make_optimizer(settings.rate, settings.momentum),
+    optimizers.OptimizerConfig("sgd", settings.rate, settings.momentum),
     lambda seeds: [splits[seed] for seed in seeds],
-    setting.name + "/seeds-{first}-{last}",
+    name + "/seeds-{first}-{last}",
     runner.seeds_at_once(None, network != "mlp"),
     (
       evaluation.accuracy,
       evaluation.per_class_accuracy,
       evaluation.equal_opportunity,
     ),
+    title=name,
   )
-
-
-@functools.cache
-def make_optimizer(rate: float, momentum: float) -> optax.GradientTransformation:
-  """SGD, as one object for all cells."""
-  return optax.sgd(rate, momentum=momentum)
 
 
 def condensations(
   settings: Settings, methods: Sequence[str], size: int
-) -> list[Setting]:
-  """Checks `--condense` and returns its settings.
+) -> list[dict[str, Any]]:
+  """Checks `--condense` and returns the facts of its cells.
 
   Args:
     settings: the flags of the script.
@@ -332,26 +314,25 @@ def condensations(
       f"--condense_by={settings.condense_by} needs --condense: give percentages there,"
       " or leave --condense_by out."
     )
-  condensed_settings = []
   for text in settings.condense:
     if not (text.isdecimal() and len(text) < 3 and 1 <= int(text) <= 99):
       raise base.InputError(
         f"--condense={text}: give whole percentages between 1 and 99, such as 10,25,50."
       )
-    kept = num_kept(size, int(text))
-    if kept < settings.batch_size:
+    number = num_kept(size, int(text))
+    if number < settings.batch_size:
       raise base.InputError(
-        f"--condense={text} keeps {kept} of {size} images, fewer"
+        f"--condense={text} keeps {number} of {size} images, fewer"
         f" than --batch_size={settings.batch_size}: raise --condense or lower"
         " --batch_size."
       )
-    condensed_settings += [Setting(by, int(text), which) for which in ("top", "random")]
-  if condensed_settings and (by not in FORML or by not in methods):
+  if settings.condense and (by not in FORML or by not in methods):
     raise base.InputError(
       f"--condense needs the weights of a forml_ method of --methods; --condense_by"
       f" is {by!r}. Choose among {', '.join(FORML)}, and list it in --methods too."
     )
-  return condensed_settings
+  percents = dict.fromkeys(map(int, settings.condense))
+  return [make_facts(by, p, kept) for p in percents for kept in ("top", "random")]
 
 
 def condensed(
@@ -384,48 +365,20 @@ def num_kept(size: int, percent: int) -> int:
   return round(size * percent / 100)
 
 
-def make_row(
-  dataset: str,
-  groups: str,
-  method: str,
-  percent: int | None,
-  kept: str,
-  metrics: dict[str, Any],
-) -> dict[str, Any]:
-  """The row of a run in `results.csv`.
-
-  Args:
-    dataset: data set of the run.
-    groups: "class" or "inverted".
-    method: the method that trained the run or, with condensation, the method whose
-      weights selected the images.
-    percent: percentage of the images for uniform training; None if `method` trained on
-      all images.
-    kept: "top" or "random"; "" for all images.
-    metrics: content of the run's `results.json`.
-  """
-  last = metrics["last"]
-  measured = {
-    column: None if name not in last else 100 * last[name]
-    for column, (_, name) in MEASURES.items()
-  }
+def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, Any]:
+  """The row of a run in `results.csv`."""
+  last = result.metrics["last"]
   return {
-    "dataset": dataset,
-    "groups": groups,
-    "method": method,
-    "kept_percent": percent,
-    "kept": kept,
-    **measured,
-    **report.run_fields(metrics),
+    "dataset": settings.dataset,
+    "groups": settings.groups,
+    **cell.facts,
+    **{
+      column: None if name not in last else 100 * last[name]
+      for column, (_, name) in MEASURES.items()
+    },
+    **report.run_fields(result.metrics),
+    **settings.probe_columns(result.metrics),
   }
-
-
-def _columns(rows: runner.Rows) -> list[str]:
-  return [column for column in MEASURES if rows[0][column] is not None]
-
-
-def _interval(rows: runner.Rows, name: str, column: str) -> report.Interval:
-  return report.interval([r[column] for r in rows if method_label(r) == name])
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
@@ -441,18 +394,13 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
 
 
 def _draw_bars(axes: Any, rows: runner.Rows) -> None:
-  columns, names = _columns(rows), list(dict.fromkeys(map(method_label, rows)))
-  width = 0.8 / len(names)
-  for i, name in enumerate(names):
-    places = np.arange(len(columns)) + (i - (len(names) - 1) / 2) * width
-    intervals = [_interval(rows, name, column) for column in columns]
-    errors = figures.clipped_errors(intervals)
-    means = [f.mean for f in intervals]
-    axes.bar(places, means, width * 0.9, yerr=errors, capsize=2, label=name)
-    for place, column in zip(places, columns, strict=True):
-      values = [r[column] for r in rows if method_label(r) == name]
-      axes.plot([place] * len(values), values, "k.", markersize=3)
-  axes.set_xticks(range(len(columns)), [MEASURES[c][0] for c in columns], fontsize=8)
+  columns = [column for column in MEASURES if rows[0][column] is not None]
+  values = {
+    method: [[run[column] for run in runs] for column in columns]
+    for method, runs in report.grouped(rows, "method").items()
+  }
+  figures.grouped_bars(axes, values, [MEASURES[column][0] for column in columns])
+  axes.tick_params(axis="x", labelsize=8)
   axes.set_ylabel("mean and 95% interval; dots: seeds")
   axes.set_title(f"{rows[0]['dataset']}, groups: {rows[0]['groups']}")
   axes.set_ylim(0, 100)
@@ -460,16 +408,12 @@ def _draw_bars(axes: Any, rows: runner.Rows) -> None:
 
 
 def _draw_curves(axes: Any, whole: runner.Rows, rows: runner.Rows) -> None:
-  percents = sorted({r["kept_percent"] for r in rows})
+  percents = sorted(report.grouped(rows, "kept_percent"))
+  by_cell = report.grouped(rows, "kept", "kept_percent")
   for column, line in (("accuracy_percent", "s:"), ("worst_group_percent", "o-")):
     heading = MEASURES[column][0]
     for kept, color in (("top", "C3"), ("random", "C0")):
-      means = [
-        np.mean(
-          [r[column] for r in rows if (r["kept"], r["kept_percent"]) == (kept, percent)]
-        )
-        for percent in percents
-      ]
+      means = [np.mean([r[column] for r in by_cell[kept, p]]) for p in percents]
       axes.plot(percents, means, f"{color}{line}", label=f"{kept}: {heading}")
     uniform = [r[column] for r in whole if r["method"] == "uniform"]
     if uniform:
@@ -495,30 +439,27 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   names = settings_lib.choose("methods", settings.methods, METHODS)
   methods = {name: make_method(settings, name) for name in names}
   splits = make_splits(settings, settings.seeds)
-  cells = {
-    Setting(name): make_cell(settings, Setting(name), method, splits)
+  cells = [
+    make_cell(settings, make_facts(name), method, splits)
     for name, method in methods.items()
-  }
-  _check(settings, list(cells.values()))
+  ]
+  _check(settings, cells)
   smaller = condensations(settings, list(methods), len(splits[0].train.label))
   folder = runner.open_folder(settings, TABLE.name, workdir)
-  runs = {s: runner.train(settings, cell, folder) for s, cell in cells.items()}
-  for setting in smaller:
+  runs = [(cell, runner.train(settings, cell, folder)) for cell in cells]
+  results_of = {cell.method_name: results for cell, results in runs}
+  for facts in smaller:
+    results = results_of[facts["method"]]
     parts = [
       condensed(
-        split, result.weights["last_weight"], setting.percent or 0, setting.kept, seed
+        split, result.weights["last_weight"], facts["kept_percent"], facts["kept"], seed
       )
-      for seed, (split, result) in enumerate(
-        zip(splits, runs[Setting(setting.method)], strict=True)
-      )
+      for seed, (split, result) in enumerate(zip(splits, results, strict=True))
     ]
-    cell = make_cell(settings, setting, baselines.uniform(), parts)
-    runs[setting] = runner.train(settings, cell, folder)
+    cell = make_cell(settings, facts, baselines.uniform(), parts)
+    runs.append((cell, runner.train(settings, cell, folder)))
   rows = [
-    make_row(settings.dataset, settings.groups, *setting, result.metrics)
-    | settings.probe_columns(result.metrics)
-    for setting, results in runs.items()
-    for result in results
+    make_row(settings, cell, result) for cell, results in runs for result in results
   ]
   draw(rows, folder / "figure.png")
   return runner.report(

@@ -25,10 +25,10 @@ from typing import Any
 import warnings
 
 import numpy as np
-import optax
 
 from experiments.lib import figures
 from experiments.lib import launch
+from experiments.lib import optimizers
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -380,7 +380,7 @@ def make_cell(
     settings.config(seeds=(seed,)),
     make_learner(settings),
     method,
-    make_optimizer(settings.learning_rate),
+    optimizers.OptimizerConfig("adam", settings.learning_rate),
     # Each call makes the splits again, to save memory.
     lambda _: [problem_of(name, problem).splits],
     f"ood-{ood_share}/{name}/seed-{seed}",
@@ -388,12 +388,6 @@ def make_cell(
     title=f"ood-{ood_share}/{name}/seed-{seed}",
     probes=[weights_of(problem.pool, settings.share)] if name in _NESTED else (),
   )
-
-
-@functools.cache  # All cells share one object, so that a step is compiled once.
-def make_optimizer(rate: float) -> optax.GradientTransformation:
-  """The optimizer of all methods."""
-  return optax.adam(rate)
 
 
 def interval_over_tasks(predictions: evaluation.Predictions) -> dict[str, float]:

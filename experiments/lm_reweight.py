@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +37,6 @@ from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import text_documents
-from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
@@ -126,20 +126,12 @@ TABLE = table.Layout(
 
 def make_method(name: str, settings: Settings) -> base.Method:
   """The `Method` for a name in `--methods`."""
-
-  def fine_tuning():
-    return baselines.fine_tuning(optimizers.fine_tuning_steps(settings.num_steps))
-
   methods = {
-    "uniform": baselines.uniform,
     # This method knows the share of corrupted documents. It begins to select after 9%
     # of the run.
     "small_loss": lambda: mentornet.mentornet(
       mentornet.self_paced, percentile=100 * (1 - settings.corrupted), burn_in=10
     ),
-    "clean_only": baselines.clean_only,
-    "fine_tuning": fine_tuning,
-    "fine_tuning_restarted": fine_tuning,
     "l2rw": lambda: l2rw.l2rw(microbatch_size=settings.microbatch_size),
     "meta_weight_net": lambda: meta_weight_net.meta_weight_net(
       settings.lookahead_learning_rate,
@@ -147,7 +139,7 @@ def make_method(name: str, settings: Settings) -> base.Method:
       recompute=settings.mwn_recompute,
     ),
   }
-  return methods[name]()
+  return registries.simple_method(name, settings.num_steps, methods)
 
 
 def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
@@ -275,8 +267,8 @@ def draw(
 
   The second panel is left out if no method ranks the documents.
   """
-  names = [name for name in curves if _mean(rows, name, "recovered") is not None]
-  panels = 1 + bool(names)
+  ranked = [row for row in rows if row["recovered_percent"] is not None]
+  panels = 1 + bool(ranked)
   size = (5.5 * panels, 3.8)
   with figures.figure(path, 1, panels, figsize=size, squeeze=False) as (_, axes):
     left = axes[0, 0]
@@ -294,30 +286,23 @@ def draw(
     left.set_ylabel("bits per byte of clean test documents")
     left.set_title("A line for each seed", fontsize=10)
     left.legend(fontsize=8, frameon=False)
-    if names:
-      _draw_recovered(axes[0, 1], rows, names)
+    if ranked:
+      _draw_recovered(axes[0, 1], report.grouped(ranked, "method"))
 
 
-def _draw_recovered(right, rows, names):
-  kinds = ("recovered", *text_documents.KINDS[1:])
-  for place, kind in enumerate(kinds):
-    heights = [_mean(rows, name, kind) or 0 for name in names]
-    right.bar(
-      np.arange(len(names)) + 0.2 * (place - 1.5),
-      heights,
-      0.18,
-      label="all" if kind == "recovered" else kind,
-    )
-  right.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names])
+def _draw_recovered(right: Any, by_method: dict[str, runner.Rows]) -> None:
+  percents = {
+    "all" if kind == "recovered" else kind: [
+      [row[f"{kind}_percent"] or 0.0 for row in rows] for rows in by_method.values()
+    ]
+    for kind in ("recovered", *text_documents.KINDS[1:])
+  }
+  names = [name.replace("_", "\n") for name in by_method]
+  figures.grouped_bars(right, percents, names)
   right.set_ylim(0, 100)
   right.set_ylabel("corrupted documents detected (%)")
   right.set_title("Among the k most suspicious; k are corrupted", fontsize=10)
   right.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25))
-
-
-def _mean(rows, method, kind):
-  values = [row[f"{kind}_percent"] for row in rows if row["method"] == method]
-  return None if None in values else float(np.mean(values))
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:

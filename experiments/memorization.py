@@ -23,10 +23,10 @@ import re
 from typing import Any, NamedTuple
 
 import numpy as np
-import optax
 
 from experiments.lib import figures
 from experiments.lib import launch
+from experiments.lib import optimizers
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -219,17 +219,6 @@ def _make_split(settings: Settings, fraction: float, seed: int) -> examples_lib.
   return examples_lib.keep_train(split, order[:size])
 
 
-@functools.cache
-def make_optimizer(
-  rate: float, decay: float, momentum: float, num_steps: int
-) -> optax.GradientTransformation:
-  """The paper's SGD, as one object for all noise fractions, to compile a step once."""
-  schedule = optax.cosine_decay_schedule(rate, num_steps)
-  return optax.chain(
-    optax.add_decayed_weights(decay), optax.sgd(schedule, momentum or None)
-  )
-
-
 def make_settings(settings: Settings) -> list[Setting]:
   """Every network at every learning rate and weight decay."""
   networks = settings.networks
@@ -271,8 +260,9 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   cells = []
   for model in models:
     for fraction, (splits, config, num_classes) in data.items():
-      optimizer = make_optimizer(
-        model.learning_rate, model.weight_decay, settings.momentum, config.num_steps
+      rate, decay = model.learning_rate, model.weight_decay
+      optimizer = optimizers.OptimizerConfig(
+        "sgd", rate, settings.momentum, False, decay, decay_all=True, cosine=True
       )
       network = make_network(model.network, num_classes)
       cells.append(

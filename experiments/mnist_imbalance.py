@@ -16,12 +16,10 @@ import functools
 import pathlib
 from typing import Any
 
-import numpy as np
-import optax
-
 from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import optimizers
+from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -34,7 +32,6 @@ from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import four_vs_nine
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
 from l2rw_jax.training import evaluation
@@ -157,25 +154,11 @@ TABLE = table.Layout(
 @functools.cache  # The compiled program of a method is used for all majorities.
 def make_method(name: str, variant: str, num_steps: int) -> base.Method:
   """The `Method` for a name in `--methods`."""
-  methods = {
-    "uniform": baselines.uniform,
-    "random": baselines.random,
+  variants = {
     "proportion": lambda: baselines.class_proportion(variant),
-    "resampling": baselines.resampling,
     "hard_mining": lambda: baselines.hard_mining(variant),
-    "l2rw": l2rw.l2rw,
-    "fine_tuning": lambda: baselines.fine_tuning(
-      optimizers.fine_tuning_steps(num_steps)
-    ),
-    "clean_only": baselines.clean_only,
   }
-  return methods[name]()
-
-
-@functools.cache
-def make_optimizer(rate: float, momentum: float) -> optax.GradientTransformation:
-  """SGD, as one object for all cells."""
-  return optax.sgd(rate, momentum=momentum)
+  return registries.simple_method(name, num_steps, variants)
 
 
 def make_protocol(settings: Settings) -> Protocol:
@@ -208,7 +191,7 @@ def make_cell(settings: Settings, name: str, majority: float) -> runner.Cell:
     config,
     classifier.Classifier(lenet.LeNet(1), num_classes=2),
     method,
-    make_optimizer(settings.learning_rate, settings.momentum),
+    optimizers.OptimizerConfig("sgd", settings.learning_rate, settings.momentum),
     functools.partial(make_splits, settings, majority, include_meta),
     f"majority-{majority}-{name}" + "/splits-{first}-{last}",
     runner.seeds_at_once(settings.seeds_at_once, has_convolutions=True),
@@ -266,35 +249,26 @@ def make_row(
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   """Draws bars with intervals, a dot per split, and diamonds for published means."""
   majorities = sorted({r["majority"] for r in rows})
-  methods = list(dict.fromkeys(r["method"] for r in rows))
+  by_cell = report.grouped(rows, "method", "majority")
+  errors = {
+    method: [[r["error_percent"] for r in by_cell[method, m]] for m in majorities]
+    for method in report.grouped(rows, "method")
+  }
   size = (4 + 1.1 * len(majorities), 3.6)
   with figures.figure(path, figsize=size, tight=True) as (_, axes):
-    width, top = 0.8 / len(methods), 0.0
-    for i, method in enumerate(methods):
-      axes.bar(0, 0, color=f"C{i}", label=method)
-      for j, majority in enumerate(majorities):
-        runs = [r for r in rows if (r["method"], r["majority"]) == (method, majority)]
-        if not runs:
-          continue
-        place = j + (i - (len(methods) - 1) / 2) * width
-        errors = [r["error_percent"] for r in runs]
-        mean, half_width, _ = report.interval(errors)
-        bar = np.nan_to_num(half_width)
-        low_and_high = figures.clipped_errors([report.interval(errors)])
-        axes.bar(place, mean, width * 0.9, yerr=low_and_high, capsize=2, color=f"C{i}")
-        axes.plot([place + 0.3 * width] * len(errors), errors, "k.", markersize=3)
-        number = runs[0]["published_error_percent"]
-        if number is not None:
-          axes.plot(place - 0.3 * width, number, "kD", markersize=4)
-        top = max(top, mean + bar, *errors, number or 0)
+    edges = figures.grouped_bars(axes, errors, [f"{m:g}" for m in majorities])
     axes.plot([], [], "k.", markersize=3, label="one split")
-    if any(r["published_error_percent"] is not None for r in rows):
-      axes.plot([], [], "kD", markersize=4, label="published mean")
-    axes.set_xticks(range(len(majorities)), [f"{m:g}" for m in majorities])
+    label = "published mean"
+    for (method, majority), (row, *_) in by_cell.items():
+      if row["published_error_percent"] is not None:
+        place = edges[method][majorities.index(majority)]
+        number = row["published_error_percent"]
+        axes.plot(place, number, "kD", markersize=4, label=label)
+        label = ""
     axes.set_xlabel("share of the majority class")
     axes.set_ylabel("test error (%), mean and 95% interval")
     axes.set_title(f"{rows[0]['dataset']}, 4 against 9, {rows[0]['protocol']} protocol")
-    axes.set_ylim(0, min(1.05 * top, 100))
+    axes.set_ylim(0, min(axes.get_ylim()[1], 100))
     figures.legend_beside(axes)
 
 

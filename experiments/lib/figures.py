@@ -1,6 +1,6 @@
 """Figures that several scripts draw."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import pathlib
 from typing import Any
@@ -11,7 +11,7 @@ from experiments.lib import report
 from experiments.lib import runner
 from l2rw_jax import processes
 
-Row = dict[str, Any]
+Row = report.Row
 
 
 @contextlib.contextmanager
@@ -64,17 +64,14 @@ def panels(
     title: a function that returns the title of a panel from its values of `columns`;
       None joins the values.
   """
-  settings = list(dict.fromkeys(tuple(r[c] for c in columns) for r in rows))
-  methods = list(dict.fromkeys(r["method"] for r in rows))
+  settings = report.grouped(rows, *columns)
+  methods = list(report.grouped(rows, "method"))
   size = (2.3 + 3.7 * len(settings), 1.5 + 0.38 * len(methods))
   options = {"figsize": size, "sharey": True, "squeeze": False, "tight": True}
   with figure(path, 1, len(settings), **options) as (_, axes):
-    for setting, ax in zip(settings, axes[0], strict=True):
-      here = [r for r in rows if tuple(r[c] for c in columns) == setting]
-      for place, method in enumerate(methods):
-        chosen = [r for r in here if r["method"] == method]
-        if chosen:
-          draw_method(ax, place, chosen)
+    for (setting, here), ax in zip(settings.items(), axes[0], strict=True):
+      for method, chosen in report.grouped(here, "method").items():
+        draw_method(ax, methods.index(method), chosen)
       ax.set_title((title or _values)(*setting), fontsize=10)
       ax.set_xlabel("test accuracy (%), last step")
     axes[0, 0].set_yticks(range(len(methods)), methods)
@@ -108,6 +105,32 @@ def clipped_errors(
   return np.clip(
     [np.minimum(widths, means - low), np.minimum(widths, high - means)], 0, None
   )
+
+
+def grouped_bars(
+  axes: Any, values: Mapping[str, Sequence[Sequence[float]]], groups: Sequence[str]
+) -> dict[str, np.ndarray]:
+  """Draws groups of bars: mean percentages with 95% intervals, and dots for runs.
+
+  Args:
+    axes: axes on which to draw.
+    values: maps the label of a bar to the values of its runs in each group.
+    groups: labels of the groups.
+
+  Returns:
+    Maps the label of a bar to its left edge in each group.
+  """
+  width, edges = 0.8 / len(values), {}
+  for i, (label, runs) in enumerate(values.items()):
+    places = np.arange(len(groups)) + (i - (len(values) - 1) / 2) * width
+    intervals = [report.interval(run) for run in runs]
+    means, errors = [interval.mean for interval in intervals], clipped_errors(intervals)
+    axes.bar(places, means, width * 0.9, yerr=errors, capsize=2, label=label)
+    for place, run in zip(places + 0.3 * width, runs, strict=True):
+      axes.plot([place] * len(run), run, "k.", markersize=3)
+    edges[label] = places - 0.45 * width
+  axes.set_xticks(range(len(groups)), groups)
+  return edges
 
 
 def _values(*values: Any) -> str:

@@ -1,6 +1,6 @@
 """Methods and networks by name, and the flags of the methods."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -512,6 +512,38 @@ LONG_TAIL: dict[str, Factory] = {
   "ldam_hinge_drs": _ldam("resample", hinge=True),
   "absgd_ldam_drw": _absgd_ldam_drw,
 }
+
+
+def simple_method(
+  name: str,
+  num_steps: int = 0,
+  variants: Mapping[str, Callable[[], base.Method]] | None = None,
+) -> base.Method:
+  """The `Method` for a name, for scripts whose methods have few settings.
+
+  Args:
+    name: name of the method.
+    num_steps: number of steps of the run, of which fine-tuning takes the last ones.
+    variants: makers of other methods, and of methods with settings, by name.
+  """
+
+  def fine_tuning():
+    return baselines.fine_tuning(optimizers.fine_tuning_steps(num_steps))
+
+  makers = {
+    "uniform": baselines.uniform,
+    "random": baselines.random,
+    "proportion": baselines.class_proportion,
+    "class_proportion": baselines.class_proportion,
+    "resampling": baselines.resampling,
+    "clean_only": baselines.clean_only,
+    "fine_tuning": fine_tuning,
+    # `optimizers.OptimizerConfig.for_method` starts the schedule again.
+    "fine_tuning_restarted": fine_tuning,
+    "l2rw": l2rw.l2rw,
+    **(variants or {}),
+  }
+  return makers[name]()
 
 
 def needs_cosines(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Rows of results: statistics of repeated runs, a Markdown table, JSON and CSV."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import csv
 import io
 import pathlib
@@ -10,6 +10,8 @@ import numpy as np
 from scipy import special
 
 from l2rw_jax.io import workdir
+
+Row = dict[str, Any]
 
 
 class Interval(NamedTuple):
@@ -134,6 +136,18 @@ def save(folder: pathlib.Path, rows: list[dict[str, Any]], flags: dict) -> None:
   workdir.write_text(table_path, text.getvalue())
   files = {table_path.name: workdir.file_digest(table_path)}
   workdir.write_record(folder / "results.json", {**everything, "files": files})
+
+
+def grouped(rows: Iterable[Row], *columns: str) -> dict[Any, list[Row]]:
+  """The rows of each value of a column, or of each tuple of values of several columns.
+
+  The values are in the order of their first rows.
+  """
+  groups: dict[Any, list[Row]] = {}
+  for row in rows:
+    key = tuple(row[column] for column in columns)
+    groups.setdefault(key if len(columns) > 1 else key[0], []).append(row)
+  return groups
 
 
 def _flag_text(value: Any) -> str:
