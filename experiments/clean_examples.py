@@ -36,6 +36,7 @@ from experiments.lib import early_stopping
 from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import optimizers
+from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -221,21 +222,18 @@ def make_method(
     tuned_steps: number of steps of fine-tuning.
     lookahead_rate: learning rate of the look-ahead of Meta-Weight-Net.
   """
-  methods = {
-    "uniform": baselines.uniform,
+  variants = {
     "early_stopped": baselines.uniform,
     "no_clean_data": (
       baselines.generalized_cross_entropy if is_noisy else baselines.balanced_softmax
     ),
-    "clean_only": baselines.clean_only,
     "fine_tuning": lambda: baselines.fine_tuning(tuned_steps),
-    "l2rw": l2rw.l2rw,
     "l2rw_fine_tuning": lambda: baselines.fine_tuning(tuned_steps, l2rw.l2rw()),
     "meta_weight_net": lambda: meta_weight_net.meta_weight_net(
       lookahead_rate, "noise_stable" if is_noisy else "imbalance"
     ),
   }
-  return methods[name]()
+  return registries.simple_method(name, variants=variants)
 
 
 def make_cell(
@@ -313,22 +311,17 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
 
   Methods that use no clean images are dashed lines.
   """
-  datasets, problems = (
-    list(dict.fromkeys(row[name] for row in rows)) for name in ("dataset", "problem")
-  )
+  by_panel = report.grouped(rows, "dataset", "problem")
+  datasets, problems = (list(report.grouped(rows, c)) for c in ("dataset", "problem"))
   shape = (len(datasets), len(problems))
   size = (1 + 3.6 * shape[1], 1.2 + 3 * shape[0])
   with figures.figure(
     path, *shape, figsize=size, squeeze=False, sharex=True, tight=True
   ) as (drawn, axes):
     for (i, j), ax in np.ndenumerate(axes):
-      here = [
-        row
-        for row in rows
-        if (row["dataset"], row["problem"]) == (datasets[i], problems[j])
-      ]
-      for method in dict.fromkeys(row["method"] for row in here):
-        _draw_method(ax, method, [row for row in here if row["method"] == method])
+      here = by_panel[datasets[i], problems[j]]
+      for method, of_method in report.grouped(here, "method").items():
+        _draw_method(ax, method, of_method)
       ax.set_xscale("log")
       counts = sorted({row["num_clean"] for row in here} - {0})
       ax.set_xticks(counts, [str(count) for count in counts])
@@ -348,20 +341,15 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
       for ax in axes.flat
       for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
     }
-    drawn.legend(
-      legend.values(),
-      legend,
-      loc="upper center",
-      bbox_to_anchor=(0.5, 0.02),
-      ncols=3,
-      frameon=False,
-    )
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": 3}
+    drawn.legend(legend.values(), legend, frameon=False, **below)
 
 
 def _draw_method(ax: Any, method: str, rows: runner.Rows) -> None:
-  counts = sorted({row["num_clean"] for row in rows})
+  by_count = report.grouped(rows, "num_clean")
+  counts = sorted(by_count)
   intervals = [
-    report.interval([r["accuracy_percent"] for r in rows if r["num_clean"] == count])
+    report.interval([row["accuracy_percent"] for row in by_count[count]])
     for count in counts
   ]
   means, errors = [i.mean for i in intervals], figures.clipped_errors(intervals)

@@ -196,7 +196,7 @@ def draw(
   path: pathlib.Path,
 ) -> None:
   """Draws the accuracies, the rejections of L2RW and the most suspicious labels."""
-  methods = list(dict.fromkeys(row["method"] for row in rows))
+  by_method = report.grouped(rows, "method")
   with figures.figure(path, figsize=(10, 5.6), tight=True) as (drawn, axes):
     axes.set_axis_off()
     grid = drawn.add_gridspec(2, 1, height_ratios=(3.2, 1), hspace=0.8)
@@ -204,13 +204,13 @@ def draw(
     left, right = (drawn.add_subplot(above[i]) for i in range(2))
     list_axes, below = drawn.add_subplot(grid[1]), grid[1].subgridspec(1, _NUM_SHOWN)
     list_axes.set_axis_off()
-    for i, method in enumerate(methods):
-      values = [r["accuracy_percent"] for r in rows if r["method"] == method]
+    for i, (method, runs) in enumerate(by_method.items()):
+      values = [row["accuracy_percent"] for row in runs]
       mean, half_width, _ = report.interval(values)
       error, color = np.nan_to_num(half_width), "C1" if method == "l2rw" else "C0"
       left.barh(i, mean, xerr=error, capsize=3, color=color)
       left.text(2, i, f"{mean:.1f}", va="center", color="white")
-    left.set_yticks(range(len(methods)), methods)
+    left.set_yticks(range(len(by_method)), list(by_method))
     left.invert_yaxis()
     left.set_xlim(0, 100)
     left.set_xlabel("test accuracy after the last step (%)")

@@ -467,13 +467,12 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   panels = 2 if has_weights else 1
   kind = {"none": "foreign"}.get(rows[0]["ood"], rows[0]["ood"])
   shares = sorted({r["ood_share"] for r in rows})
-  methods = list(dict.fromkeys(r["method"] for r in rows))
-  by_method = {m: [r for r in rows if r["method"] == m] for m in methods}
+  by_method = report.grouped(rows, "method")
   accuracy, weight = "accuracy %, 95% interval; dots: seeds", "mean weight at the end"
   ways, shots, noise = (rows[0][k] for k in ("num_ways", "num_shots", "noise_share"))
   title = f"{rows[0]['dataset']}, {ways}-way {shots}-shot"
   title += f", {noise:.0%} of the labels redrawn" if noise else ""
-  height = 4 if len(shares) > 1 else 1.6 + 0.3 * len(methods)
+  height = 4 if len(shares) > 1 else 1.6 + 0.3 * len(by_method)
   size = (2.3 + 5.5 * panels, height)
   with figures.figure(path, 1, panels, figsize=size, squeeze=False) as (figure, axes):
     left, right = axes[0, 0], axes[0, -1]
@@ -521,8 +520,10 @@ def _draw_lines(left: Any, right: Any, by_method: dict[str, runner.Rows]) -> Non
 def _draw_method(
   left: Any, right: Any, method: str, rows: runner.Rows, number: int
 ) -> None:
-  shares, color = sorted({r["ood_share"] for r in rows}), f"C{number}"
-  by_share = [[r for r in rows if r["ood_share"] == s] for s in shares]
+  color = f"C{number}"
+  shares, by_share = zip(
+    *sorted(report.grouped(rows, "ood_share").items()), strict=True
+  )
   means, intervals = zip(*map(pooled, by_share), strict=True)
   left.errorbar(
     shares, means, intervals, capsize=3, color=color, marker="o", label=method

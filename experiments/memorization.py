@@ -304,31 +304,24 @@ def make_row(
   }
 
 
-def of_noise(rows: runner.Rows, fraction: float) -> runner.Rows:
-  """The models of one noise fraction that can be compared.
+def by_noise(rows: runner.Rows) -> dict[float, runner.Rows]:
+  """The models of each noise fraction, ascending, that can be compared.
 
   A model without a susceptibility (because a drop was not finite) cannot be compared.
   """
-  return [
-    row
-    for row in rows
-    if row["noise_fraction"] == fraction and row["susceptibility"] is not None
-  ]
-
-
-def fractions_of(rows: runner.Rows) -> list[float]:
-  """The noise fractions, ascending."""
-  return sorted({row["noise_fraction"] for row in rows})
+  return {
+    fraction: [row for row in models if row["susceptibility"] is not None]
+    for fraction, models in sorted(report.grouped(rows, "noise_fraction").items())
+  }
 
 
 def with_regions(rows: runner.Rows) -> runner.Rows:
   """Adds the `region` of each row among the models of its noise fraction, or None."""
   regions: dict[int, int] = {}
-  for fraction in fractions_of(rows):
-    models = of_noise(rows, fraction)
+  for models in by_noise(rows).values():
     if len(models) > 1:
       numbers = susceptibility.regions(
-        _column(models, "susceptibility"), _training_accuracies(models)
+        _column(models, "susceptibility"), _column(models, "train_percent")
       )
       regions |= {
         id(row): int(region) for row, region in zip(models, numbers, strict=True)
@@ -340,8 +333,7 @@ def accuracy_by_region(rows: runner.Rows) -> str:
   """A Markdown table of clean test accuracy by region, as in the paper."""
   header = ["noise_fraction", "all models", *(f"region {r}" for r in _REGIONS)]
   lines = []
-  for fraction in fractions_of(rows):
-    models = of_noise(rows, fraction)
+  for fraction, models in by_noise(rows).items():
     groups = [models, *([r for r in models if r["region"] == g] for g in _REGIONS)]
     lines.append([f"{fraction:g}", *map(_spread, groups)])
   title = "Clean test accuracy %, mean ± standard deviation over models (how many)"
@@ -358,29 +350,23 @@ def _spread(rows: runner.Rows) -> str:
 def correlations(rows: runner.Rows) -> str:
   """A Markdown table of rank correlations over the models of each noise fraction."""
   header = ["noise_fraction", *(f"{_SHORT[a]}, {_SHORT[b]}" for a, b in _PAIRS)]
-  lines = []
-  for fraction in fractions_of(rows):
-    models = of_noise(rows, fraction)
-    numbers = [_correlation(models, *pair) for pair in _PAIRS]
-    lines.append(
-      [f"{fraction:g}", *("-" if r is None else f"{r:+.2f}" for r in numbers)]
-    )
+  lines = [
+    [f"{fraction:g}", *(_correlation(models, *pair) for pair in _PAIRS)]
+    for fraction, models in by_noise(rows).items()
+  ]
   return f"Rank correlations over models:\n\n{report.table(header, lines)}"
 
 
-def _correlation(rows: runner.Rows, one: str, other: str) -> float | None:
+def _correlation(rows: runner.Rows, one: str, other: str) -> str:
   pairs = [(row[one], row[other]) for row in rows if row[other] is not None]
   if len(pairs) < 2:
-    return None
-  return susceptibility.rank_correlation(*zip(*pairs, strict=True))
+    return "-"
+  number = susceptibility.rank_correlation(*zip(*pairs, strict=True))
+  return "-" if number is None else f"{number:+.2f}"
 
 
 def _column(rows: runner.Rows, name: str) -> list[float]:
   return [row[name] for row in rows]
-
-
-def _training_accuracies(rows: runner.Rows) -> list[float]:
-  return _column(rows, "train_percent")
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
@@ -389,19 +375,17 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   A dot is a model, its color is the accuracy on clean test images, and lines are the
   means that separate the regions.
   """
-  fractions = fractions_of(rows)
-  size = (4.2 * len(fractions), 3.8)
-  with figures.figure(path, 1, len(fractions), figsize=size, squeeze=False) as (
-    figure,
-    axes,
-  ):
-    for ax, fraction in zip(axes[0], fractions, strict=True):
-      _draw_noise(figure, ax, of_noise(rows, fraction))
+  models_of = by_noise(rows)
+  shape = (1, len(models_of))
+  size = (4.2 * len(models_of), 3.8)
+  with figures.figure(path, *shape, figsize=size, squeeze=False) as (figure, axes):
+    for ax, (fraction, models) in zip(axes[0], models_of.items(), strict=True):
+      _draw_noise(figure, ax, models)
       ax.set_title(f"{rows[0]['dataset']}, {fraction:.0%} of the labels replaced")
 
 
 def _draw_noise(figure: Any, ax: Any, models: runner.Rows) -> None:
-  zeta, accuracy = _column(models, "susceptibility"), _training_accuracies(models)
+  zeta, accuracy = _column(models, "susceptibility"), _column(models, "train_percent")
   colors = _column(models, "accuracy_percent")
   options = {"cmap": "viridis", "edgecolors": "black", "linewidths": 0.4}
   dots = ax.scatter(zeta, accuracy, c=colors, **options)
@@ -412,17 +396,10 @@ def _draw_noise(figure: Any, ax: Any, models: runner.Rows) -> None:
     at_zeta, at_accuracy = susceptibility.boundaries(zeta, accuracy)
     ax.axvline(at_zeta, color="black", linewidth=0.8, linestyle=":")
     ax.axhline(at_accuracy, color="black", linewidth=0.8, linestyle=":")
+  style = {"color": "C3", "fontsize": 13, "zorder": 0, "transform": ax.transAxes}
   for region, (x, y) in zip(_REGIONS, [(0, 1), (1, 1), (0, 0), (1, 0)], strict=True):
-    ax.annotate(
-      str(region),
-      (0.03 + 0.94 * x, 0.03 + 0.94 * y),
-      xycoords="axes fraction",
-      ha="right" if x else "left",
-      va="top" if y else "bottom",
-      color="C3",
-      fontsize=13,
-      zorder=0,
-    )
+    place = {"ha": "right" if x else "left", "va": "top" if y else "bottom"}
+    ax.text(0.03 + 0.94 * x, 0.03 + 0.94 * y, str(region), **place, **style)
   ax.set_xlabel("susceptibility (mean drop, nats)")
   ax.set_ylabel("training accuracy, labels as given (%)")
 
@@ -440,8 +417,8 @@ def draw_curves(
   Returns:
     Whether there was anything to draw.
   """
-  highest = fractions_of([row for row, _ in runs])[-1]
-  chosen = [run for run in runs if of_noise([run[0]], highest)]
+  highest = max(row["noise_fraction"] for row, _ in runs)
+  chosen = [run for run in runs if by_noise([run[0]]).get(highest)]
   chosen.sort(key=lambda run: run[0]["susceptibility"])
   if not chosen:
     return False
