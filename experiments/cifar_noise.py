@@ -47,7 +47,6 @@ from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
 from l2rw_jax.models import classifier
 from l2rw_jax.training import devices
-from l2rw_jax.training import evaluation
 
 METHODS = tuple(registries.NOISE)
 
@@ -382,31 +381,22 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
   optimizer = settings.scheduled(make_optimizer(preset))
   facts = make_facts(settings, preset)
   images = settings.load("train", facts["dataset"]).images
-  num_epochs = config.num_steps / max(1, len(split.train.label) // config.batch_size)
   fraction = preset.noise_fraction
-  problem = runner.make_problem(
-    settings,
-    config,
-    optimizer,
-    split.num_classes,
-    noise_fraction=wrong_share(split) if fraction is None else fraction,
-    num_epochs=num_epochs,
-  )
-  optimizer_of = {name: optimizer.for_method(name, config.num_steps) for name in names}
   return [
-    runner.Cell(
+    runner.method_cell(
+      settings,
       name,
       facts,
       config,
       make_classifier(preset, split.num_classes, images),
-      registries.make_method(name, settings, problem, num_epochs),
-      method_optimizer,
+      optimizer,
       splits,
-      "seeds-{first}-{last}/" + runner.folder_name(facts, name),
       settings.seeds_at_once,
-      (evaluation.accuracy, evaluation.per_class_accuracy),
+      num_epochs=config.num_steps / max(1, len(split.train.label) // config.batch_size),
+      num_classes=split.num_classes,
+      noise_fraction=wrong_share(split) if fraction is None else fraction,
     )
-    for name, method_optimizer in optimizer_of.items()
+    for name in names
   ]
 
 

@@ -46,7 +46,6 @@ from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
-from l2rw_jax.training import evaluation
 from l2rw_jax.training import results as results_lib
 
 METHODS = ("full", "random", "random_fixed", "craig", "adacore")
@@ -301,7 +300,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       splits,
       setting.folder() + "/seeds-{first}",
       1,
-      (evaluation.accuracy, evaluation.per_class_accuracy),
+      runner.EVALUATORS,
       setting.folder(),
     )
     for setting in make_settings(settings, split)

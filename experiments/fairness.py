@@ -288,11 +288,7 @@ def make_cell(
     lambda seeds: [splits[seed] for seed in seeds],
     name + "/seeds-{first}-{last}",
     runner.seeds_at_once(None, network != "mlp"),
-    (
-      evaluation.accuracy,
-      evaluation.per_class_accuracy,
-      evaluation.equal_opportunity,
-    ),
+    (*runner.EVALUATORS, evaluation.equal_opportunity),
     title=name,
   )
 

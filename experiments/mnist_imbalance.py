@@ -34,7 +34,6 @@ from l2rw_jax.data import four_vs_nine
 from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
-from l2rw_jax.training import evaluation
 from l2rw_jax.training import results as results_lib
 
 FIGURE_METHODS = tuple(published.MNIST_IMBALANCE)
@@ -195,7 +194,7 @@ def make_cell(settings: Settings, name: str, majority: float) -> runner.Cell:
     functools.partial(make_splits, settings, majority, include_meta),
     f"majority-{majority}-{name}" + "/splits-{first}-{last}",
     runner.seeds_at_once(settings.seeds_at_once, has_convolutions=True),
-    (evaluation.accuracy, evaluation.per_class_accuracy),
+    runner.EVALUATORS,
     f"{name} at {majority:g}",
   )
 

@@ -39,7 +39,6 @@ from l2rw_jax.data import noisy_labels
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
 from l2rw_jax.models import initialization
-from l2rw_jax.training import evaluation
 
 METHODS = tuple(registries.NOISE)
 COMPARED = (
@@ -324,42 +323,28 @@ def make_cell(
     meta_batch_size=meta_batch_size if num_meta else None,
     eval_every=steps_per_epoch,
   )
-  optimizer = make_optimizer(settings, name, split, steps_per_epoch).for_method(
-    name, config.num_steps
-  )
   rate = settings.lookahead_learning_rate
-  problem = runner.make_problem(
-    settings,
-    config,
-    optimizer,
+  rate = preset.lookahead_learning_rate if rate is None else rate
+  model = classifier.Classifier(
+    registries.SMALL_NETWORKS[settings.network](split.num_classes),
     split.num_classes,
-    lookahead_learning_rate=preset.lookahead_learning_rate if rate is None else rate,
-    noise_fraction=fraction,
-    num_epochs=num_epochs,
-    mwn_preset=preset.mwn_preset,
+    PIXELS[settings.pixels],
+    INITIALIZATIONS[settings.initial_distribution],
   )
-  network = registries.SMALL_NETWORKS[settings.network](split.num_classes)
-  facts = {
-    "noise": settings.noise,
-    "variant": settings.noise_variant,
-    "fraction": fraction,
-  }
-  return runner.Cell(
+  return runner.method_cell(
+    settings,
     name,
-    facts,
+    {"noise": settings.noise, "variant": settings.noise_variant, "fraction": fraction},
     config,
-    classifier.Classifier(
-      network,
-      split.num_classes,
-      PIXELS[settings.pixels],
-      INITIALIZATIONS[settings.initial_distribution],
-    ),
-    registries.make_method(name, settings, problem, num_epochs),
-    optimizer,
+    model,
+    make_optimizer(settings, name, split, steps_per_epoch),
     splits,
-    "seeds-{first}-{last}/" + runner.folder_name(facts, name),
     runner.seeds_at_once(settings.seeds_at_once, settings.network == "lenet"),
-    (evaluation.accuracy, evaluation.per_class_accuracy),
+    num_epochs=num_epochs,
+    num_classes=split.num_classes,
+    noise_fraction=fraction,
+    mwn_preset=preset.mwn_preset,
+    **settings_lib.given_values(lookahead_learning_rate=rate),
   )
 
 

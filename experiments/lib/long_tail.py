@@ -233,39 +233,30 @@ def make_cells(
     meta_batch_size=settings.meta_batch_size or min(100, num_meta) or None,
     eval_every=settings.eval_every * steps_per_epoch,
   )
-  problem = runner.make_problem(
-    settings,
-    config,
-    preset.optimizer,
-    split.num_classes,
-    deferred=preset.deferred,
-    num_epochs=preset.num_epochs,
-    # These settings are from the demonstration of ABSGD's package, on CIFAR-10 with
-    # imbalance 100.
-    absgd=registries.Absgd(2.0, 0.9, 1.0),
-    mwn_preset="imbalance",
-  )
-  tail = {"builder": preset.builder, "shape": settings.shape, "imbalance": imbalance}
   counts = _counts(split)
-  choice = {name: preset.optimizer.for_method(name, config.num_steps) for name in names}
   return [
-    runner.Cell(
+    runner.method_cell(
+      settings,
       name,
-      tail,
+      {"builder": preset.builder, "shape": settings.shape, "imbalance": imbalance},
       config,
       experiment.make_model(registries.needs_cosines(name)),
-      registries.make_method(name, settings, problem, preset.num_epochs),
-      optimizer,
+      preset.optimizer,
       splits,
-      "seeds-{first}-{last}/" + runner.folder_name(tail, name),
       settings.seeds_at_once or experiment.side_by_side,
-      (
-        evaluation.accuracy,
-        evaluation.per_class_accuracy,
+      num_epochs=preset.num_epochs,
+      deferred=preset.deferred,
+      evaluators=(
+        *runner.EVALUATORS,
         evaluation.shot_accuracy(counts, *evaluation.shot_thresholds(counts)),
       ),
+      num_classes=split.num_classes,
+      # These settings are from the demonstration of ABSGD's package, on CIFAR-10 with
+      # imbalance 100.
+      absgd=registries.Absgd(2.0, 0.9, 1.0),
+      mwn_preset="imbalance",
     )
-    for name, optimizer in choice.items()
+    for name in names
   ]
 
 

@@ -301,9 +301,9 @@ class Problem(NamedTuple):
     lookahead_learning_rate: learning rate of the look-ahead step of meta-learned
       methods, a number or `step -> number`; in the papers it is the classifier's.
     num_steps: number of updates.
+    num_classes: C.
     noise_fraction: the parameter of the noise builder; for human labels, the actual
       share of wrong labels.
-    num_classes: C.
     deferred_epoch: the epoch, counted from 0, in which the deferred part of a method
       begins: it balances the classes or, for ABSGD, has a finite lambda.
     absgd: ABSGD's settings, unless flags give others.
@@ -312,8 +312,8 @@ class Problem(NamedTuple):
 
   lookahead_learning_rate: meta_network.Schedule
   num_steps: int
-  noise_fraction: float
   num_classes: int
+  noise_fraction: float = 0.0
   deferred_epoch: int = 0
   absgd: Absgd = Absgd()
   mwn_preset: str = "noise_stable"

@@ -36,6 +36,7 @@ from l2rw_jax.training import validation
 Rows = list[dict[str, Any]]
 Folder = str | os.PathLike
 MakeSplits = Callable[[Sequence[int]], list[examples_lib.Splits]]
+EVALUATORS = (evaluation.accuracy, evaluation.per_class_accuracy)
 # Losses at which the curve of Meta-Weight-Net is recorded.
 LOSS_GRID = np.concatenate([np.linspace(0, 10, 101), np.linspace(10.5, 20, 20)])
 
@@ -108,42 +109,51 @@ def seeds_at_once(given: int | None, has_convolutions: bool) -> int | None:
   return given or (1 if has_convolutions and jax.default_backend() == "cpu" else None)
 
 
-def make_problem(
+def method_cell(
   settings: registries.Settings,
+  name: str,
+  facts: dict[str, Any],
   config: config_lib.Config,
+  model: config_lib.Model,
   optimizer: optimizers.OptimizerConfig,
-  num_classes: int,
+  splits: MakeSplits,
+  side_by_side: int | None,
   *,
-  lookahead_learning_rate: float | None = None,
-  noise_fraction: float = 0.0,
-  deferred: float = 2 / 3,
   num_epochs: float,
-  **others: Any,
-) -> registries.Problem:
-  """The properties of a run that a method needs to know.
+  deferred: float = 2 / 3,
+  evaluators: Sequence[evaluation.Evaluator] = EVALUATORS,
+  **problem: Any,
+) -> Cell:
+  """The cell of a method of `registries`; other arguments are those of `Cell`.
 
   Args:
     settings: settings of the methods.
-    config: configuration of the run.
-    optimizer: optimizer of the classifier. Its learning rate and schedule are those of
-      the look-ahead step if `lookahead_learning_rate` is None.
-    num_classes: C.
-    lookahead_learning_rate: learning rate of the look-ahead step.
-    noise_fraction: share of wrong labels.
+    name: name of the method.
+    optimizer: optimizer of the preset. Its learning rate and schedule are those of the
+      look-ahead step, unless `problem` has another `lookahead_learning_rate`.
+    num_epochs: number of epochs of the run.
     deferred: share of the run after which the deferred part of a method begins, unless
       --deferred is given. The default is two thirds, as in ABSGD's released code for
       CIFAR with wrong labels (80 of 120 epochs).
-    num_epochs: number of epochs of the run.
-    **others: fields of `registries.Problem`.
+    **problem: other fields of `registries.Problem`.
   """
-  rate = lookahead_learning_rate
-  return registries.Problem(
-    optimizer.schedule(config.num_steps) if rate is None else rate,
-    config.num_steps,
-    noise_fraction,
-    num_classes,
-    settings.deferred_epoch(deferred, num_epochs),
-    **others,
+  schedule = optimizer.schedule(config.num_steps)
+  made = registries.Problem(
+    num_steps=config.num_steps,
+    deferred_epoch=settings.deferred_epoch(deferred, num_epochs),
+    **{"lookahead_learning_rate": schedule, **problem},
+  )
+  return Cell(
+    name,
+    facts,
+    config,
+    model,
+    registries.make_method(name, settings, made, num_epochs),
+    optimizer.for_method(name, config.num_steps),
+    splits,
+    "seeds-{first}-{last}/" + folder_name(facts, name),
+    side_by_side,
+    evaluators,
   )
 
 
