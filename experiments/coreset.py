@@ -206,25 +206,16 @@ def _make_split(settings: Settings, seed: int) -> examples_lib.Splits:
 
 def make_method(settings: Settings, setting: Setting) -> base.Method:
   """The `Method` of a setting."""
-  fraction = setting.fraction
+  method, fraction = setting.method, setting.fraction
   every = settings.refresh_every or max(1, round(2 / fraction))
-  makers: dict[str, Callable[[], base.Method]] = {
-    "full": baselines.uniform,
-    "random": lambda: adacore.random_subset(fraction, every),
-    "random_fixed": lambda: adacore.random_subset(fraction, None),
-    "craig": lambda: _adacore(settings, fraction, every, curvature=False),
-    "adacore": lambda: _adacore(settings, fraction, every, curvature=True),
-  }
-  return makers[setting.method]()
-
-
-def _adacore(
-  settings: Settings, fraction: float, every: int, curvature: bool
-) -> base.Method:
+  if method == "full":
+    return baselines.uniform()
+  if method not in _SELECTING:
+    return adacore.random_subset(fraction, every if method == "random" else None)
   return adacore.adacore(
     fraction,
     every,
-    curvature=curvature,
+    curvature=method == "adacore",
     hessian_scope=settings.hessian_scope,
     budget=settings.budget,
     greedy=settings.greedy,
@@ -378,22 +369,21 @@ def make_row(
   }
 
 
-def panel_of(row: dict[str, Any]) -> tuple[str, float]:
-  """The panel of a row; rows of `full` are drawn in every panel of their model."""
-  return row["model"], row["fraction"]
-
-
 def panels(rows: runner.Rows) -> dict[tuple[str, float], list[int]]:
-  """The indices of the rows of each panel."""
-  partial = dict.fromkeys(panel_of(r) for r in rows if r["method"] != "full")
-  names = list(partial) or list(dict.fromkeys(map(panel_of, rows)))
+  """The indices of the rows of each panel, by the model and the fraction.
+
+  Rows of `full` are drawn in every panel of their model.
+  """
+  names = [(row["model"], row["fraction"]) for row in rows]
+  is_full = [row["method"] == "full" for row in rows]
+  partial = [name for name, full in zip(names, is_full, strict=True) if not full]
   return {
-    name: [
+    panel: [
       i
-      for i, r in enumerate(rows)
-      if r["model"] == name[0] and (r["method"] == "full" or panel_of(r) == name)
+      for i, name in enumerate(names)
+      if name == panel or (is_full[i] and name[0] == panel[0])
     ]
-    for name in names
+    for panel in dict.fromkeys(partial or names)
   }
 
 
@@ -404,10 +394,9 @@ def with_equal_seconds(rows: runner.Rows) -> runner.Rows:
   Seeds are treated separately, because the runs of a seed follow each other and the
   speed of a machine varies.
   """
-  extended = []
+  extended, compared = [], report.grouped(rows, "model", "seed")
   for one in rows:
-    others = [r for r in rows if all(r[k] == one[k] for k in ("model", "seed"))]
-    equal = min(r["seconds"] for r in others)
+    equal = min(r["seconds"] for r in compared[one["model"], one["seed"]])
     percents = {
       f"percent_at_{name}": _or_none(one["curve"].at(share * equal))
       for name, share in _SHARES.items()
@@ -448,10 +437,8 @@ def draw(
   width = max(sum(m == model for m, _ in members) for model in models)
   size = (4.2 * width + 1.3, 3.2 * len(models))
   colors = {m: f"C{i}" for i, m in enumerate(dict.fromkeys(r["method"] for r in rows))}
-  with figures.figure(path, len(models), width, figsize=size, squeeze=False) as (
-    _,
-    axes,
-  ):
+  shape = (len(models), width)
+  with figures.figure(path, *shape, figsize=size, squeeze=False) as (_, axes):
     for ax in axes.ravel():
       ax.set_visible(False)
     for (model, fraction), numbers in members.items():

@@ -162,14 +162,11 @@ def make_method(name: str, variant: str, num_steps: int) -> base.Method:
 
 def make_protocol(settings: Settings) -> Protocol:
   """The protocol with the flags that override it."""
-  given = settings_lib.given_values(
-    num_steps=settings.num_steps,
-    l2rw_steps=settings.l2rw_steps,
-    hard_mining_batch=settings.hard_mining_batch,
-    variant=settings.variant,
-    clean_in_train=settings.clean_in_train,
-    num_test=settings.num_test,
+  names = (
+    *("num_steps", "l2rw_steps", "hard_mining_batch", "variant"),
+    *("clean_in_train", "num_test"),
   )
+  given = settings_lib.given_values(**{name: getattr(settings, name) for name in names})
   return dataclasses.replace(PROTOCOLS[settings.protocol], **given)
 
 

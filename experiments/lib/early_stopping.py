@@ -2,7 +2,8 @@
 
 The run itself trains with uniform weights to its last step. At every evaluation, a
 probe measures the loss on the meta set and the metrics of the test set. Afterwards, the
-metrics at the step with the lowest loss on the meta set replace those of the last step.
+metrics at the step with the lowest loss on the meta set replace those of the last step;
+the parameters are still those after the last step.
 The test set does not influence this choice.
 """
 
@@ -13,7 +14,6 @@ import numpy as np
 
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import evaluation
-from l2rw_jax.training import results as results_lib
 
 
 def probe(
@@ -60,18 +60,3 @@ def at_lowest_loss(metrics: dict[str, Any], size: int) -> dict[str, Any]:
     if name.startswith("test/")
   }
   return {**at_best, "kept_step": values["step"][best]}
-
-
-def with_metrics_at_lowest_loss(
-  result: results_lib.Result, size: int
-) -> results_lib.Result:
-  """Replaces the last metrics of a run with the result of `at_lowest_loss`.
-
-  The parameters and their checksum are still those after the last step.
-
-  Args:
-    result: result of a run with `probe`.
-    size: number of examples of the meta set whose loss is used.
-  """
-  last = at_lowest_loss(result.metrics, size)
-  return result._replace(metrics={**result.metrics, "last": last})

@@ -160,35 +160,24 @@ def make_table(name: str, title: str, published: str, *keys: str) -> table.Layou
   )
 
 
-# The flags that `_with_flags` reads.
+# The flags that `with_flags` reads.
 _OVERRIDING = (
   *("learning_rate", "momentum", "weight_decay", "schedule", "num_epochs"),
   *("batch_size", "builder", "num_meta", "deferred"),
 )
 
 
-def _with_flags(settings: Settings, preset: Preset) -> Preset:
-  """The preset with the flags that override it."""
-  given = settings_lib.given_values(
-    learning_rate=settings.learning_rate,
-    momentum=settings.momentum,
-    weight_decay=settings.weight_decay,
-  )
-  return preset._replace(
-    optimizer=settings.scheduled(dataclasses.replace(preset.optimizer, **given)),
-    **settings_lib.given_values(
-      num_epochs=settings.num_epochs,
-      batch_size=settings.batch_size,
-      builder=settings.builder,
-      num_meta=settings.num_meta,
-      deferred=settings.deferred,
-    ),
-  )
-
-
 def with_flags(settings: Settings, experiment: Experiment) -> Experiment:
   """The experiment with the flags; a changed preset is not comparable."""
-  old, new = experiment.preset, _with_flags(settings, experiment.preset)
+  old = experiment.preset
+  rates = ("learning_rate", "momentum", "weight_decay")
+  others = ("num_epochs", "batch_size", "builder", "num_meta", "deferred")
+  given_rates, given = (
+    settings_lib.given_values(**{name: getattr(settings, name) for name in names})
+    for names in (rates, others)
+  )
+  optimizer = dataclasses.replace(old.optimizer, **given_rates)
+  new = old._replace(optimizer=settings.scheduled(optimizer), **given)
   # With the builder "ldam", the size of the meta set hardly changes the training set.
   # With "mwn", it determines the sizes of all classes.
   compared = new._replace(num_meta=old.num_meta) if new.builder == "ldam" else new

@@ -281,8 +281,9 @@ def _train_group(
     )
     loss_dump.write_dump(folder / f"losses-seed-{seed}.npz", dump)
   if stops_early:
-    sizes = [len(split.meta.label) for split in splits]
-    results = list(map(early_stopping.with_metrics_at_lowest_loss, results, sizes))
+    for result, split in zip(results, splits, strict=True):
+      metrics, size = result.metrics, len(split.meta.label)
+      metrics["last"] = early_stopping.at_lowest_loss(metrics, size)
   return results
 
 
