@@ -87,20 +87,20 @@ def csv_text(
     [key, "given", "suggested", "score", "is_issue", "duplicate_of", *statistics]
   )
   classes = [own_data.csv_cell(name) for name in data.form.class_names]
+
+  def name_of(row):
+    return own_data.csv_cell(names[row]) if key == "path" else int(data.rows[row])
+
   for rank, row in enumerate(issues.index.tolist()):
     copy = int(data.duplicate_of[row])
     writer.writerow(
       [
-        own_data.csv_cell(names[row]) if key == "path" else int(data.rows[row]),
+        name_of(row),
         classes[issues.given[rank]],
         classes[issues.suggested[rank]],
         _number(issues.score[rank]),
         bool(issues.is_issue[rank]),
-        ""
-        if copy < 0
-        else own_data.csv_cell(names[copy])
-        if key == "path"
-        else int(data.rows[copy]),
+        "" if copy < 0 else name_of(copy),
         *(_number(column[rank]) for column in statistics.values()),
       ]
     )

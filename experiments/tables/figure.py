@@ -98,32 +98,25 @@ def _draw_panel(ax: Any, panel: _Panel) -> None:
       place += 1
   middle = np.array(places, float)
   is_percent = panel.metric.rstrip().endswith("%")
-  measured = [v.measured for v in values if v.measured is not None]
-  ax.errorbar(
-    [interval.mean for interval in measured],
-    middle - 0.13,
-    xerr=_errors(
-      [interval.mean for interval in measured],
-      [interval.half_width for interval in measured],
-      is_percent,
-    ),
-    fmt="o",
-    color="C0",
-    markersize=4,
-    capsize=2,
-    label="measured, 95% interval",
-  )
-  published = [float(v.published or 0.0) for v in values]
-  ax.errorbar(
-    published,
-    middle + 0.13,
-    xerr=_errors(published, [v.spread or 0.0 for v in values], is_percent),
-    fmt="D",
-    color="C1",
-    markersize=4,
-    capsize=2,
-    label="published, with its ±",
-  )
+  measured = [value.measured for value in values if value.measured is not None]
+  shown = {
+    "measured, 95% interval": [(m.mean, m.half_width) for m in measured],
+    "published, with its ±": [(v.published or 0.0, v.spread or 0.0) for v in values],
+  }
+  for (label, numbers), form, color, shift in zip(
+    shown.items(), "oD", ("C0", "C1"), (-0.13, 0.13), strict=True
+  ):
+    means, widths = (list(column) for column in zip(*numbers, strict=True))
+    ax.errorbar(
+      means,
+      middle + shift,
+      xerr=_errors(means, widths, is_percent),
+      fmt=form,
+      color=color,
+      markersize=4,
+      capsize=2,
+      label=label,
+    )
   ax.set_yticks(places, [_plain(label) for label in labels], fontsize=8)
   ax.set_ylim(place - 0.4, -0.7)
   if is_percent:
