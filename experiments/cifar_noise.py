@@ -35,10 +35,7 @@ from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
-from experiments.lib.settings import data_flag
-from experiments.lib.settings import flag
-from experiments.lib.settings import methods_flag
-from experiments.lib.settings import preset_flag
+from experiments.lib.settings import data_flag, flag, methods_flag, preset_flag
 from experiments.tables import published_cifar
 from experiments.tables import table
 from l2rw_jax import base
@@ -53,27 +50,12 @@ METHODS = tuple(registries.NOISE)
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """The training settings of one paper; flags override all fields but `decay_all`.
+  """The training settings of one paper: values of the flags of these names.
 
-  Attributes:
-    network: a key of `registries.NETWORKS`.
-    augmentation: a key of `registries.AUGMENTATIONS`.
-    noise: kind of label noise, a key of `noisy_labels.BUILDERS`.
-    noise_fraction: parameter of the noise.
-    num_steps: number of updates.
-    decay_steps: numbers of updates after each of which the learning rate falls to a
-      tenth.
-    learning_rate: initial learning rate of SGD.
-    momentum: momentum of SGD.
-    nesterov: whether the momentum is Nesterov's.
-    weight_decay: multiple of the parameters that is added to the gradient.
+  Attributes that are not flags:
     decay_all: whether the weight decay includes biases and BatchNorm parameters; see
       `optimizers`.
-    batch_size: number of training examples in a step.
-    meta_batch_size: number of clean examples in a step.
     num_meta: maps the number of classes to the number of clean images of each class.
-    num_validation: number of images held out of the training set, with the same label
-      noise.
   """
 
   network: str

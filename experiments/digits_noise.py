@@ -31,8 +31,7 @@ from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
-from experiments.lib.settings import flag
-from experiments.lib.settings import methods_flag
+from experiments.lib.settings import flag, methods_flag
 from experiments.tables import table
 from l2rw_jax import audit
 from l2rw_jax.data import examples as examples_lib

@@ -26,8 +26,7 @@ from experiments.lib import launch
 from experiments.lib import own_data as own_data_lib
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
-from experiments.lib.settings import data_flag
-from experiments.lib.settings import flag
+from experiments.lib.settings import data_flag, flag
 from l2rw_jax import audit
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib

@@ -30,9 +30,7 @@ from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
-from experiments.lib.settings import data_flag
-from experiments.lib.settings import flag
-from experiments.lib.settings import methods_flag
+from experiments.lib.settings import data_flag, flag, methods_flag
 from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib

@@ -21,8 +21,7 @@ from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
-from experiments.lib.settings import data_flag
-from experiments.lib.settings import flag
+from experiments.lib.settings import data_flag, flag
 from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax.io import workdir as workdir_lib

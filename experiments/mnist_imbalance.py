@@ -23,9 +23,7 @@ from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
-from experiments.lib.settings import data_flag
-from experiments.lib.settings import flag
-from experiments.lib.settings import methods_flag
+from experiments.lib.settings import data_flag, flag, methods_flag
 from experiments.tables import published
 from experiments.tables import table
 from l2rw_jax import base
@@ -42,16 +40,7 @@ METHODS = (*FIGURE_METHODS, "fine_tuning", "clean_only")
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """The settings in which the paper and its released code differ.
-
-  Attributes:
-    num_steps: number of updates of the baselines.
-    l2rw_steps: number of updates of L2RW.
-    hard_mining_batch: batch size of hard mining.
-    variant: variant of `class_proportion` and `hard_mining`.
-    clean_in_train: whether baselines also train on the clean images.
-    num_test: number of balanced test images; 0 for as many as there are.
-  """
+  """The settings in which the paper and its released code differ, see `Settings`."""
 
   num_steps: int
   l2rw_steps: int

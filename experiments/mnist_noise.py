@@ -27,10 +27,7 @@ from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
-from experiments.lib.settings import data_flag
-from experiments.lib.settings import flag
-from experiments.lib.settings import methods_flag
-from experiments.lib.settings import preset_flag
+from experiments.lib.settings import data_flag, flag, methods_flag, preset_flag
 from experiments.tables import published
 from experiments.tables import table
 from l2rw_jax import base
@@ -51,25 +48,16 @@ COMPARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """Settings of training.
+  """Settings of training: values of flags, and optimizers.
 
-  Attributes:
-    num_epochs: number of passes over the training set.
-    batch_size: B.
-    meta_batch_size: M.
+  Attributes that differ from the flag of that name, or have none:
     optimizer: optimizer of every method except those of `by_method`.
-    num_validation: number of images, with the same label noise, that are held out of
-      training.
-    plateau: whether the learning rate falls when the loss of the held-out images stops
-      falling.
-    watches_meta: whether methods that learn weights from clean images watch the loss of
-      these instead.
-    initialization: one of `INITIALIZATIONS`.
+    watches_meta: whether --plateau watches the clean images for the methods that learn
+      weights from them.
     lookahead_learning_rate: learning rate of the look-ahead SGD step; None means that
       of the optimizer. A learning rate for Adam does not suit SGD: at 1e-3, the
       updates of Meta-Weight-Net's weighting network are a hundredth of those in its
       paper, and weight decay dominates them.
-    mwn_preset: Meta-Weight-Net's release, unless --mwn_preset gives another.
     by_method: maps methods to their optimizers, if they differ from `optimizer`.
   """
 

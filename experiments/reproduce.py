@@ -45,8 +45,7 @@ from experiments.lib import launch
 from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import settings as settings_lib
-from experiments.lib.settings import data_flag
-from experiments.lib.settings import flag
+from experiments.lib.settings import data_flag, flag
 from experiments.tables import published
 from experiments.tables import published_cifar
 from l2rw_jax import base

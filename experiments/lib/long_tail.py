@@ -15,8 +15,7 @@ from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
-from experiments.lib.settings import data_flag
-from experiments.lib.settings import flag
+from experiments.lib.settings import data_flag, flag
 from experiments.tables import published_cifar
 from experiments.tables import table
 from l2rw_jax import base
@@ -88,16 +87,7 @@ class Settings(
 
 
 class Preset(NamedTuple):
-  """Settings of training.
-
-  Attributes:
-    num_epochs: number of passes over the training set.
-    batch_size: B.
-    optimizer: optimizer of every method.
-    builder: builder of the training set.
-    num_meta: number of meta images of each class.
-    deferred: share of the run after which the deferred part of a method begins.
-  """
+  """Settings of training: values of flags, and the optimizer of every method."""
 
   num_epochs: int
   batch_size: int

@@ -12,8 +12,7 @@ from typing import Any
 
 from experiments.lib import launch
 from experiments.lib import settings as settings_lib
-from experiments.lib.settings import data_flag
-from experiments.lib.settings import flag
+from experiments.lib.settings import data_flag, flag
 from experiments.tables import catalog
 from experiments.tables import formats
 from l2rw_jax import base
