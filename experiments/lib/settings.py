@@ -80,86 +80,6 @@ GROUPS = {
   "output": "Output",
 }
 
-# Help text, bounds and group of the flags that several scripts have in common. A script
-# sets the default and may replace the help text.
-SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
-  "num_seeds": ("Number of repetitions with different seeds.", REPEATS, "common"),
-  "num_steps": ("Number of parameter updates.", STEPS, "common"),
-  "num_epochs": ("Number of passes over the training set.", EPOCHS, "common"),
-  "batch_size": ("Number of training examples in a step.", BATCH, "common"),
-  "meta_batch_size": ("Number of clean examples in a step.", BATCH, "common"),
-  "eval_every": ("Number of steps between two evaluations.", STEPS, "common"),
-  "learning_rate": ("Learning rate of the optimizer.", RATE, "common"),
-  "schedule": (
-    "Whether the learning rate stays constant or falls to 0 as a cosine.",
-    None,
-    "common",
-  ),
-  "momentum": ("Momentum of SGD.", Bounds(0, BELOW_ONE), "common"),
-  "weight_decay": ("Weight decay of the classifier.", Bounds(0, BELOW_ONE), "common"),
-  "network": ("Network to train.", None, "common"),
-  "seeds_at_once": ("Number of seeds trained side by side.", REPEATS, "common"),
-  "smoke": (
-    "Run a few steps of a small network on the first images, to try the script out.",
-    None,
-    "common",
-  ),
-  "preset": (
-    "Settings to start from; other flags override them one by one.",
-    None,
-    "common",
-  ),
-  "dataset": (
-    "Data set: digits (needs no download), the name of any image set that TFDS has"
-    f" prepared in --data_dir, {own_data_lib.HELP}.",
-    None,
-    "data",
-  ),
-  "noise": ("Kind of label noise.", None, "data"),
-  "noise_fraction": (
-    "Parameter of --noise: the share of wrong labels.",
-    SHARE,
-    "data",
-  ),
-  "noise_variant": (
-    "Variant of the label noise: that of the paper or of its released code.",
-    None,
-    "data",
-  ),
-  "imbalance": (
-    "Size of the largest class divided by that of the smallest.",
-    Bounds(1, 1e6),
-    "data",
-  ),
-  "num_meta": ("Number of clean images of each class.", IMAGES, "data"),
-  "num_validation": (
-    "Number of images, with the same label noise, that are held out of training.",
-    IMAGES,
-    "data",
-  ),
-  "num_train": ("Number of training images.", Bounds(1, 10**8), "data"),
-  "methods": ("Methods to compare, separated by commas.", None, "method"),
-  "inner_learning_rate": ("Learning rate of the inner loop.", RATE, "method"),
-  "lookahead_learning_rate": (
-    "Learning rate of the look-ahead step of the meta-learning methods.",
-    RATE,
-    "method",
-  ),
-  # The upper bound is high, because NestedMAML's gradients with respect to the weights
-  # are small.
-  "weight_learning_rate": (
-    "Learning rate of the weights; 0 keeps them constant.",
-    Bounds(0, 1e9),
-    "method",
-  ),
-  "dump_losses": (
-    "Save training losses in losses-seed-S.npz, to which a MentorNet-DD can be fitted.",
-    None,
-    "output",
-  ),
-}
-
-
 # These flags select runs, or do not change how a method is trained.
 _SELECTING = (
   *("methods", "mentor", "num_seeds", "seeds_at_once", "num_devices", "eval_every"),
@@ -200,8 +120,8 @@ class Flag(NamedTuple):
       separating them by commas.
   """
 
-  help: str
-  group: str
+  help: str = ""
+  group: str = "common"
   choices: tuple[str, ...] | None = None
   bounds: Bounds | None = None
   methods: tuple[str, ...] = ()
@@ -210,6 +130,74 @@ class Flag(NamedTuple):
   recorded: bool = True
   recorded_with: str | None = None
   repeated: bool = False
+
+
+# The flags that several scripts have in common. A script sets the default and may
+# replace the help text.
+SHARED: Mapping[str, Flag] = {
+  "num_seeds": Flag("Number of repetitions with different seeds.", bounds=REPEATS),
+  "num_steps": Flag("Number of parameter updates.", bounds=STEPS),
+  "num_epochs": Flag("Number of passes over the training set.", bounds=EPOCHS),
+  "batch_size": Flag("Number of training examples in a step.", bounds=BATCH),
+  "meta_batch_size": Flag("Number of clean examples in a step.", bounds=BATCH),
+  "eval_every": Flag("Number of steps between two evaluations.", bounds=STEPS),
+  "learning_rate": Flag("Learning rate of the optimizer.", bounds=RATE),
+  "schedule": Flag(
+    "Whether the learning rate stays constant or falls to 0 as a cosine."
+  ),
+  "momentum": Flag("Momentum of SGD.", bounds=Bounds(0, BELOW_ONE)),
+  "weight_decay": Flag("Weight decay of the classifier.", bounds=Bounds(0, BELOW_ONE)),
+  "network": Flag("Network to train."),
+  "seeds_at_once": Flag("Number of seeds trained side by side.", bounds=REPEATS),
+  "smoke": Flag(
+    "Run a few steps of a small network on the first images, to try the script out."
+  ),
+  "preset": Flag("Settings to start from; other flags override them one by one."),
+  "dataset": Flag(
+    "Data set: digits (needs no download), the name of any image set that TFDS has"
+    f" prepared in --data_dir, {own_data_lib.HELP}.",
+    "data",
+  ),
+  "noise": Flag("Kind of label noise.", "data"),
+  "noise_fraction": Flag(
+    "Parameter of --noise: the share of wrong labels.", "data", bounds=SHARE
+  ),
+  "noise_variant": Flag(
+    "Variant of the label noise: that of the paper or of its released code.", "data"
+  ),
+  "imbalance": Flag(
+    "Size of the largest class divided by that of the smallest.",
+    "data",
+    bounds=Bounds(1, 1e6),
+  ),
+  "num_meta": Flag("Number of clean images of each class.", "data", bounds=IMAGES),
+  "num_validation": Flag(
+    "Number of images, with the same label noise, that are held out of training.",
+    "data",
+    bounds=IMAGES,
+  ),
+  "num_train": Flag("Number of training images.", "data", bounds=Bounds(1, 10**8)),
+  "methods": Flag("Methods to compare, separated by commas.", "method"),
+  "inner_learning_rate": Flag(
+    "Learning rate of the inner loop.", "method", bounds=RATE
+  ),
+  "lookahead_learning_rate": Flag(
+    "Learning rate of the look-ahead step of the meta-learning methods.",
+    "method",
+    bounds=RATE,
+  ),
+  # The upper bound is high, because NestedMAML's gradients with respect to the weights
+  # are small.
+  "weight_learning_rate": Flag(
+    "Learning rate of the weights; 0 keeps them constant.",
+    "method",
+    bounds=Bounds(0, 1e9),
+  ),
+  "dump_losses": Flag(
+    "Save training losses in losses-seed-S.npz, to which a MentorNet-DD can be fitted.",
+    "output",
+  ),
+}
 
 
 def flag(
@@ -225,8 +213,8 @@ def flag(
 
   `unset` says what the default None means, and is added to the help text.
 
-  If `help`, `bounds` or `group` is missing, it is taken from `SHARED` by the name of
-  the field. A flag that only some methods use belongs to the group of the methods.
+  Arguments that are missing are taken from `SHARED` by the name of the field. Another
+  flag that only some methods use belongs to the group of the methods.
   """
   details = {"help": help, "unset": unset, "methods": tuple(methods), **others}
   details["choices"] = None if choices is None else tuple(choices)
@@ -250,15 +238,13 @@ def flags_of(settings: "type[Flags]") -> dict[str, Flag]:
   for field in dataclasses.fields(settings):
     if "help" not in field.metadata:
       continue
-    details = dict(field.metadata)
-    unset = details.pop("unset")
-    group = "method" if details["methods"] else "common"
-    shared = SHARED.get(field.name, ("", None, group))
-    for name, value in zip(("help", "bounds", "group"), shared, strict=True):
-      details[name] = value if details.get(name) is None else details[name]
+    given = {k: value for k, value in field.metadata.items() if value is not None}
+    unset = given.pop("unset", None)
+    others = Flag(group="method" if given["methods"] else "common")
+    details = SHARED.get(field.name, others)._replace(**given)
     if unset:
-      details["help"] += f" The default is {unset}."
-    flags[field.name] = Flag(**details)
+      details = details._replace(help=f"{details.help} The default is {unset}.")
+    flags[field.name] = details
   return flags
 
 
