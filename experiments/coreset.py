@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import optax
@@ -167,18 +167,6 @@ TABLE = table.Layout(
 )
 
 
-class Setting(NamedTuple):
-  """The settings of one curve; a `fraction` of 1 means all data."""
-
-  model: str
-  method: str
-  fraction: float
-
-  def folder(self) -> str:
-    """The folder of its runs."""
-    return f"{self.model}-{self.method}-{self.fraction}"
-
-
 def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
   """The splits of some seeds: all data, or a long tail."""
   # All settings of a seed are run before those of the next seed.
@@ -202,9 +190,8 @@ def _make_split(settings: Settings, seed: int) -> examples_lib.Splits:
   )
 
 
-def make_method(settings: Settings, setting: Setting) -> base.Method:
-  """The `Method` of a setting."""
-  method, fraction = setting.method, setting.fraction
+def make_method(settings: Settings, method: str, fraction: float) -> base.Method:
+  """The `Method` for a name in `--methods`, which selects a fraction of the data."""
   every = settings.refresh_every or max(1, round(2 / fraction))
   if method == "full":
     return baselines.uniform()
@@ -221,8 +208,11 @@ def make_method(settings: Settings, setting: Setting) -> base.Method:
   )
 
 
-def make_settings(settings: Settings, split: examples_lib.Splits) -> list[Setting]:
-  """The settings of all curves, after a check of the flags."""
+def make_facts(settings: Settings, split: examples_lib.Splits) -> list[dict[str, Any]]:
+  """The model, the method and the fraction of all curves, after a check of the flags.
+
+  A fraction of 1 means all data.
+  """
   is_stochastic = settings.greedy == "stochastic"
   settings.check_used(
     "greedy_epsilon", is_stochastic, f"with --greedy={settings.greedy}"
@@ -233,14 +223,16 @@ def make_settings(settings: Settings, split: examples_lib.Splits) -> list[Settin
     raise base.InputError("--fraction= is empty: give a number above 0 and at most 1.")
   for fraction in settings.fraction:
     _check_fraction(settings, fraction, split)
-  return list(
-    dict.fromkeys(
-      Setting(network, method, 1.0 if method == "full" else fraction)
-      for network in networks
-      for fraction in settings.fraction
-      for method in methods
-    )
+  curves = dict.fromkeys(
+    (network, method, 1.0 if method == "full" else fraction)
+    for network in networks
+    for fraction in settings.fraction
+    for method in methods
   )
+  return [
+    {"model": model, "method": method, "fraction": fraction}
+    for model, method, fraction in curves
+  ]
 
 
 def _check_fraction(
@@ -280,19 +272,19 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   optimizer = optax.sgd(settings.learning_rate, settings.momentum or None)
   return [
     runner.Cell(
-      setting.method,
-      {"model": setting.model, "method": setting.method, "fraction": setting.fraction},
+      facts["method"],
+      facts,
       config,
-      make_model(setting.model, split.num_classes),
-      make_method(settings, setting),
+      make_model(facts["model"], split.num_classes),
+      make_method(settings, facts["method"], facts["fraction"]),
       optimizer,
       splits,
-      setting.folder() + "/seeds-{first}",
+      "-".join(map(str, facts.values())) + "/seeds-{first}",
       1,
       runner.EVALUATORS,
-      setting.folder(),
+      "-".join(map(str, facts.values())),
     )
-    for setting in make_settings(settings, split)
+    for facts in make_facts(settings, split)
   ]
 
 
