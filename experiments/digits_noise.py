@@ -111,16 +111,6 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
   ]
 
 
-def make_optimizer(settings: Settings, name: str) -> optimizers.OptimizerConfig:
-  """The optimizer of a method."""
-  return optimizers.OptimizerConfig(
-    "sgd",
-    settings.learning_rate,
-    settings.momentum,
-    cosine=settings.schedule == "cosine",
-  ).for_method(name, settings.num_steps)
-
-
 def make_cells(settings: Settings) -> list[runner.Cell]:
   """A cell for every method, whose seeds are trained side by side."""
   names = settings_lib.choose("methods", settings.methods, METHODS)
@@ -128,7 +118,10 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   model = classifier.Classifier(mlp.MLP(num_classes), num_classes)
   config = settings.config()
   splits = functools.partial(make_splits, settings)
-  choice = {name: make_optimizer(settings, name) for name in names}
+  cosine = settings.schedule == "cosine"
+  optimizer = optimizers.OptimizerConfig(
+    "sgd", settings.learning_rate, settings.momentum, cosine=cosine
+  )
   return [
     runner.Cell(
       name,
@@ -136,11 +129,11 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       config,
       model,
       audit.recording(registries.simple_method(name, settings.num_steps)),
-      optimizer,
+      optimizer.for_method(name, settings.num_steps),
       splits,
       folder=name,
     )
-    for name, optimizer in choice.items()
+    for name in names
   ]
 
 

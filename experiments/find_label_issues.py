@@ -204,17 +204,6 @@ def prepare(
   return dataclasses.replace(data, features=features), trusted
 
 
-def make_splits(
-  data: own_data.OwnData, trusted: own_data.OwnData | None
-) -> examples_lib.Splits:
-  """Splits that train on all examples, with trusted examples as the meta set."""
-  return examples_lib.from_arrays(
-    (data.features, data.labels),
-    meta=None if trusted is None else (trusted.features, trusted.labels),
-    num_classes=len(data.form.class_names),
-  )
-
-
 def make_config(
   settings: Settings, data: own_data.OwnData, trusted: own_data.OwnData | None
 ) -> config_lib.Config:
@@ -265,11 +254,6 @@ def _varies(statistic: np.ndarray) -> bool:
   return known.size > 0 and bool(np.ptp(known) > 0)
 
 
-def make_method(is_scored: bool) -> base.Method:
-  """Plain training, with the scores of L2RW if there are trusted examples."""
-  return l2rw.l2rw(reweight=False) if is_scored else baselines.uniform()
-
-
 def make_model(data: own_data.OwnData) -> classifier.Classifier:
   """A small CNN for images, and an MLP for rows and for features of color images."""
   num_classes = len(data.form.class_names)
@@ -289,8 +273,15 @@ def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
   trusted = read_trusted(settings, data)
   prepared, trusted = prepare(data, trusted)
   config = make_config(settings, data, trusted)
-  splits = make_splits(prepared, trusted)
-  method = audit.recording(make_method(trusted is not None))
+  # All examples are trained on, and the trusted examples are the meta set.
+  splits = examples_lib.from_arrays(
+    (prepared.features, prepared.labels),
+    meta=None if trusted is None else (trusted.features, trusted.labels),
+    num_classes=len(data.form.class_names),
+  )
+  # Training is plain; with trusted examples, the scores of L2RW are also recorded.
+  plain = baselines.uniform() if trusted is None else l2rw.l2rw(reweight=False)
+  method = audit.recording(plain)
   # The data are checked before anything is written.
   config_lib.check(config, method, [splits])
   folder = runner.open_folder(settings, _NAME, workdir)

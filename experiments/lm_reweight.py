@@ -186,7 +186,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   config = settings.config()
   splits, model = functools.partial(make_splits, settings), make_model(settings)
   cosine = optimizers.OptimizerConfig("adam", settings.learning_rate, cosine=True)
-  optimizer_of = {name: cosine.for_method(name, settings.num_steps) for name in names}
+  num_steps = settings.num_steps
   return [
     runner.Cell(
       name,
@@ -194,12 +194,12 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       config,
       model,
       make_method(name, settings),
-      make_optimizer(optimizer.schedule(settings.num_steps)),
+      make_optimizer(cosine.for_method(name, num_steps).schedule(num_steps)),
       splits,
       folder=f"{name}/seed-{{first}}",
       side_by_side=1,
     )
-    for name, optimizer in optimizer_of.items()
+    for name in names
   ]
 
 
