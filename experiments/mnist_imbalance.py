@@ -215,8 +215,8 @@ def make_row(
   majority, metrics = cell.facts["majority"], result.metrics
   numbers: tuple[float | None, float | None] = (None, None)
   if settings.follows({"dataset": "mnist"}, cell.method_name, ("majority", "protocol")):
-    methods = published.MNIST_IMBALANCE
-    numbers = methods.get(cell.method_name, {}).get(majority, numbers)
+    of_method = published.MNIST_IMBALANCE.get(cell.method_name, {})
+    numbers = of_method.get(majority, numbers)
   return {
     "dataset": settings.dataset,
     "protocol": settings.protocol,

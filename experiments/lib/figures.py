@@ -50,7 +50,7 @@ def panels(
   *,
   draw_method: Callable[[Any, int, list[Row]], None],
   draw_legend: Callable[[Any], None],
-  title: Callable[..., str] | None = None,
+  title: Callable[..., str],
 ) -> None:
   """Draws a panel for every setting; the methods are on a shared vertical axis.
 
@@ -61,8 +61,7 @@ def panels(
     draw_method: `(axes, place, rows)`, a function that draws the rows of one method at
       the vertical position `place` of one panel.
     draw_legend: a function that draws the legend on the axes of the last panel.
-    title: a function that returns the title of a panel from its values of `columns`;
-      None joins the values.
+    title: a function that returns the title of a panel from its values of `columns`.
   """
   settings = report.grouped(rows, *columns)
   methods = list(report.grouped(rows, "method"))
@@ -72,7 +71,7 @@ def panels(
     for (setting, here), ax in zip(settings.items(), axes[0], strict=True):
       for method, chosen in report.grouped(here, "method").items():
         draw_method(ax, methods.index(method), chosen)
-      ax.set_title((title or _values)(*setting), fontsize=10)
+      ax.set_title(title(*setting), fontsize=10)
       ax.set_xlabel("test accuracy (%), last step")
     axes[0, 0].set_yticks(range(len(methods)), methods)
     axes[0, 0].invert_yaxis()
@@ -131,10 +130,6 @@ def grouped_bars(
     edges[label] = places - 0.45 * width
   axes.set_xticks(range(len(groups)), groups)
   return edges
-
-
-def _values(*values: Any) -> str:
-  return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) -> None:

@@ -255,14 +255,18 @@ def _rows(
     published = published_cifar.long_tail(
       experiment.facts["dataset"], cell.method_name, **cell.facts
     )
+  # A group of classes that has no member is not measured.
+  measured = {f"{name}_percent": f"{name}_shot_accuracy" for name in evaluation.SHOTS}
+  measured = {"balanced_percent": "balanced_accuracy"} | measured
   rows = []
   for result in results:
+    last = result.metrics["last"]
     row = runner.row(
       settings,
       cell,
       result,
       **experiment.facts,
-      **measured(result.metrics["last"]),
+      **{k: 100 * last[v] if v in last else None for k, v in measured.items()},
       published_percent=published,
       published_spread=None,
       many_above=limits[0],
@@ -276,22 +280,6 @@ def _rows(
     del row["weight_auroc"]  # No label is wrong.
     rows.append(row)
   return rows
-
-
-def measured(last: dict[str, float]) -> dict[str, float | None]:
-  """The columns of a row in addition to the accuracy.
-
-  Args:
-    last: results of the evaluators at the last step.
-
-  Returns:
-    Accuracies in percent; None for a group that has no class.
-  """
-  names = {"balanced_percent": "balanced_accuracy"}
-  names |= {f"{name}_percent": f"{name}_shot_accuracy" for name in evaluation.SHOTS}
-  return {
-    column: 100 * last[name] if name in last else None for column, name in names.items()
-  }
 
 
 def thresholds(rows: runner.Rows) -> str:
