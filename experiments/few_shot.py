@@ -438,15 +438,12 @@ def make_row(
     "accuracy_percent": 100 * metrics["last"]["accuracy"],
     "interval_percent": 100 * metrics["last"]["interval"],
     **{name: probes[name][-1] if name in probes else None for name in WEIGHTS},
-    "weight_auroc": _auroc(pool.is_foreign, result.weights["mean_weight"]),
+    "weight_auroc": report.ranking_auroc(
+      -result.weights["mean_weight"], pool.is_foreign
+    ),
     "num_tasks": len(pool.is_foreign),
     **report.run_fields(metrics),
   }
-
-
-def _auroc(is_foreign: np.ndarray, weights: np.ndarray) -> float | None:
-  columns = {"label": ~is_foreign, "true_label": np.ones_like(is_foreign)}
-  return report.auroc({**columns, "mean_weight": weights})
 
 
 def pooled(rows: runner.Rows) -> tuple[float, float]:

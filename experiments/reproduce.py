@@ -493,24 +493,21 @@ class Entry(NamedTuple):
     cell: the published cell.
     state: progress of the cell.
     minutes: estimated minutes that are left; 0 if it is done.
-    value: priority of its result, which `order` divides by the minutes.
   """
 
   cell: Cell
   state: State
   minutes: float
-  value: float
-
-  @property
-  def order(self) -> tuple[bool, float]:
-    """Key that sorts a queue: started cells first, and then by value per minute."""
-    return self.state.name != "started", -self.value / max(self.minutes, 1e-6)
 
 
 def make_entries(
   settings: Settings, cells: Sequence[Cell], root: pathlib.Path, device: str
 ) -> list[Entry]:
-  """The cells with their states and estimates, in the order of `Entry.order`."""
+  """The cells with their states and estimates.
+
+  Cells that have been started come first, and then those with the highest value per
+  minute.
+  """
   states = [read_state(settings, cell, root) for cell in cells]
   first = [estimated_minutes(settings, cell, device) for cell in cells]
   ratios = [
@@ -523,12 +520,16 @@ def make_entries(
   for cell, state, minutes in zip(cells, states, first, strict=True):
     # A cell that has already taken longer than estimated still needs some time.
     left = max(minutes * correction - state.minutes, minutes * correction / 10)
-    value = 3.0 if cell.is_proposed else 1.0
-    if state.committed >= seeds(settings, cell):
-      value /= 10
     left = 0.0 if state.name == "done" else left
-    entries.append(Entry(cell, state, left, value))
-  return sorted(entries, key=lambda entry: entry.order)
+    entries.append(Entry(cell, state, left))
+
+  def order(entry):
+    value = 3.0 if entry.cell.is_proposed else 1.0
+    if entry.state.committed >= seeds(settings, entry.cell):
+      value /= 10
+    return entry.state.name != "started", -value / max(entry.minutes, 1e-6)
+
+  return sorted(entries, key=order)
 
 
 def _published(cell: Cell) -> str:
@@ -550,7 +551,7 @@ def describe(settings: Settings, entries: Sequence[Entry]) -> str:
   header += [f"minutes on {device}, estimated" for device in DEVICES]
   header += ["state", "note", "command"]
   rows = []
-  for cell, state, _, _ in entries:
+  for cell, state, _ in entries:
     operations = flops(settings, cell)
     rows.append(
       [
