@@ -268,16 +268,8 @@ def kinds_of(settings: "type[Flags]") -> dict[str, Kind]:
 
 
 @functools.cache
-def _load(
-  name: str,
-  split: str,
-  data_dir: str | None,
-  cache_dir: str | None,
-  in_memory: bool | None,
-):
-  return sources.load(
-    name, split, data_dir=data_dir, cache_dir=cache_dir, in_memory=in_memory
-  )
+def _load(name: str, split: str, **options: Any) -> sources.Source:
+  return sources.load(name, split, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,15 +417,21 @@ class DataFlags(Flags):
     with naming("datasets" if hasattr(self, "datasets") else named, name):
       if own_data.is_own(name):
         return sources.from_own(name, split, self.read_own(name, split))
-      return _load(name, split, self.data_dir, self.cache_dir, self._in_memory())
+      folders = {"data_dir": self.data_dir, "cache_dir": self.cache_dir}
+      return _load(name, split, in_memory=self._in_memory(), **folders)
 
   def read_own(self, name: str, part: str) -> own_data.OwnData:
-    """A part of a user's data, such as images:DIR, which is read only once."""
+    """A part of a user's data, such as images:DIR, which is read only once.
+
+    What was skipped or changed is printed.
+    """
     if (name, part) not in self._own:
       # The part train is not read again for its format.
       like = self.read_own(name, "train").form if part == "test" else None
-      in_memory = self._in_memory()
-      self._own[name, part] = own_data_lib.read(name, part, in_memory, like)
+      data = own_data.read(name, part, in_memory=self._in_memory(), like=like)
+      if part == "train":  # The test part has the same notes.
+        own_data_lib.show_report(name, data)
+      self._own[name, part] = data
     return self._own[name, part]
 
   @functools.cached_property
