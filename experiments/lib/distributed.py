@@ -44,13 +44,9 @@ def connect(settings: Any) -> None:
   """
   if not isinstance(settings, settings_lib.ProcessFlags):
     return
-  address, count = settings.coordinator_address, settings.num_processes
-  number = settings.process_id
-  given = {
-    "coordinator_address": address,
-    "num_processes": count,
-    "process_id": number,
-  }
+  names = ("coordinator_address", "num_processes", "process_id")
+  given = {name: getattr(settings, name) for name in names}
+  address, count, number = given.values()
   is_automatic = settings.distributed
   missing = [f"--{name}" for name, value in given.items() if value is None]
   if not is_automatic and len(missing) == len(given):

@@ -155,23 +155,9 @@ def _flag_text(value: Any) -> str:
 
 
 RUN_FIELDS = (
-  "seed",
-  "num_steps",
-  "best_accuracy",
-  "best_step",
-  "data",
-  "params_sha256",
-  "commit",
-  "python",
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "numpy",
-  "l2rw_jax",
-  "platform",
-  "device_kind",
-  "device_count",
+  *("seed", "num_steps", "best_accuracy", "best_step", "data", "params_sha256"),
+  *("commit", "python", "jax", "jaxlib", "flax", "optax", "numpy", "l2rw_jax"),
+  *("platform", "device_kind", "device_count"),
 )
 
 

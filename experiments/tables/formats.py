@@ -13,16 +13,8 @@ from experiments.tables import table as table_lib
 # The largest number of metrics that `compact` shows for one setting.
 _MAX_METRICS = 6
 LONG_FORM = (
-  "experiment",
-  "setting",
-  "method",
-  "metric",
-  "mean",
-  "half_width",
-  "repeats",
-  "published",
-  "published_spread",
-  "difference",
+  *("experiment", "setting", "method", "metric", "mean", "half_width", "repeats"),
+  *("published", "published_spread", "difference"),
 )
 
 
