@@ -115,11 +115,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     test=test,
     make_model=make_model,
     preset=make_preset(settings),
-    facts={
-      "dataset": settings.dataset,
-      "preset": settings.preset,
-      "network": network,
-    },
+    facts={"dataset": settings.dataset, "preset": settings.preset, "network": network},
     methods=METHODS,
     side_by_side=1,
     comparable=network == "resnet_32",

@@ -46,10 +46,7 @@ from l2rw_jax.training import evaluation
 
 FORML = tuple(f"forml_{name}" for name in forml.OBJECTIVES)
 METHODS = ("uniform", "class_proportion", "l2rw", "clean_only", *FORML)
-NETWORKS = {
-  **registries.SMALL_NETWORKS,
-  "resnet": registries.NETWORKS["resnet_32"],
-}
+NETWORKS = {**registries.SMALL_NETWORKS, "resnet": registries.NETWORKS["resnet_32"]}
 # Maps a column of a row to its heading and to its name in
 # `evaluation.equal_opportunity`.
 MEASURES = {

@@ -287,11 +287,7 @@ def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
   folder = runner.open_folder(settings, _NAME, workdir)
   issues = train(settings, config, method, prepared, splits, folder)
   issue_files.write(
-    folder,
-    data,
-    issues,
-    name=settings.title,
-    num_pictures=settings.num_pictures,
+    folder, data, issues, name=settings.title, num_pictures=settings.num_pictures
   )
   print(own_data_lib.printable(issue_files.summary(data, issues)))
   print(f"\nwritten: {folder}/issues.csv, {folder}/issues.html (open it in a browser)")

@@ -44,10 +44,7 @@ from l2rw_jax.training import memorization
 from l2rw_jax.training import sampling
 
 NETWORKS = {
-  "mnist": [
-    *("mlp-32", "mlp-128", "mlp-512", "mlp-1024"),
-    *("mlp-128x3", "mlp-512x3"),
-  ],
+  "mnist": [*("mlp-32", "mlp-128", "mlp-512", "mlp-1024"), *("mlp-128x3", "mlp-512x3")],
   "digits": ["mlp-16", "mlp-64", "mlp-256", "mlp-256x2"],
 }
 _MOST_WIDE, _MOST_DEEP, _MOST_WEIGHTS = 65_536, 100, 2**30

@@ -109,9 +109,7 @@ TABLE = table.Layout(
 )
 
 
-def make_rows(
-  settings: Settings,
-) -> tuple[mentornet_fitting.Rows, int | None]:
+def make_rows(settings: Settings) -> tuple[mentornet_fitting.Rows, int | None]:
   """Rows to fit, and the number of classes if the mentor uses labels, or else None."""
   is_dd, where = settings.curriculum == "dd", f"with --curriculum={settings.curriculum}"
   settings.check_used("percentile", is_dd, where)

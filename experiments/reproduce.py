@@ -450,11 +450,7 @@ def read_state(settings: Settings, cell: Cell, root: pathlib.Path) -> State:
     platform = jax.default_backend()
     committed = [row for row in committed if row.get("platform") == platform]
   return State(
-    name,
-    record.get("minutes", 0.0),
-    record.get("device"),
-    measured,
-    len(committed),
+    name, record.get("minutes", 0.0), record.get("device"), measured, len(committed)
   )
 
 

@@ -66,10 +66,7 @@ def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
 
 
 def execute(
-  settings: type[settings_lib.Flags],
-  run: Run,
-  name: str,
-  arguments: Sequence[str],
+  settings: type[settings_lib.Flags], run: Run, name: str, arguments: Sequence[str]
 ) -> None:
   """Like `main`, but with given arguments and without changes to the process.
 

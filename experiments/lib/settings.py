@@ -460,13 +460,10 @@ class ProcessFlags(Flags):
     " under Slurm, Open MPI or Kubernetes.",
   )
   coordinator_address: str | None = _process_flag(
-    None,
-    "Host and port of process 0, such as localhost:12345.",
+    None, "Host and port of process 0, such as localhost:12345."
   )
   num_processes: int | None = _process_flag(
-    None,
-    "Number of processes of this run.",
-    bounds=Bounds(1, 10**5),
+    None, "Number of processes of this run.", bounds=Bounds(1, 10**5)
   )
   process_id: int | None = _process_flag(
     None,
