@@ -96,14 +96,14 @@ class Settings(runner.Settings):
     (1, 3, 10, 30, 90),
     "Numbers of clean images of each class; each must divide the largest. The smaller"
     " sets are parts of the largest one, repeated until they have its size.",
-    bounds=settings_lib.Bounds(1, 10**6),
+    bounds=(1, 10**6),
   )
   imbalance: float = flag(100.0)
   largest_class: int = data_flag(
     2000,
     "Number of training images of the largest class of the long tail. The other"
     " problems have as many images as the whole tail.",
-    bounds=settings_lib.Bounds(1, 10**8),
+    bounds=(1, 10**8),
   )
   num_validation: int = flag(
     5000, "Number of images with true labels that are held out of training."

@@ -78,7 +78,7 @@ class Settings(runner.Settings):
     None,
     "Share of the training set to select, in (0, 1]. The default is 0.01, 0.1 and 0.3;"
     " digits: 0.1 and 0.3.",
-    bounds=settings_lib.Bounds(1e-6, 1),
+    bounds=(1e-6, 1),
   )
   imbalance: float = flag(
     1.0,

@@ -84,32 +84,26 @@ class Settings(settings_lib.Settings):
   ood_share: tuple[float, ...] = data_flag(
     (0.3, 0.6, 0.9),
     "Share of the training tasks that come from --ood.",
-    bounds=settings_lib.Bounds(0, settings_lib.BELOW_ONE),
+    bounds=(0, settings_lib.BELOW_ONE),
   )
   noise_share: float = data_flag(
     0.0, "Share of the training images to relabel at random.", bounds=settings_lib.SHARE
   )
   methods: tuple[str, ...] = methods_flag(METHODS[:5], METHODS)
   num_ways: int | None = data_flag(
-    None,
-    "Number of classes of a task. The default is 5; digits: 2.",
-    bounds=settings_lib.Bounds(2, 10**4),
+    None, "Number of classes of a task. The default is 5; digits: 2.", bounds=(2, 10**4)
   )
   num_shots: int = data_flag(
-    1, "Number of support images of a class.", bounds=settings_lib.Bounds(1, 10**5)
+    1, "Number of support images of a class.", bounds=(1, 10**5)
   )
   num_queries: int = data_flag(
-    5, "Number of query images of a class.", bounds=settings_lib.Bounds(1, 10**5)
+    5, "Number of query images of a class.", bounds=(1, 10**5)
   )
-  num_tasks: int = data_flag(
-    5000, "Number of training tasks.", bounds=settings_lib.Bounds(1, 10**6)
-  )
+  num_tasks: int = data_flag(5000, "Number of training tasks.", bounds=(1, 10**6))
   num_meta_tasks: int = data_flag(
-    1000, "Number of validation tasks.", bounds=settings_lib.Bounds(1, 10**6)
+    1000, "Number of validation tasks.", bounds=(1, 10**6)
   )
-  num_test_tasks: int = data_flag(
-    600, "Number of test tasks.", bounds=settings_lib.Bounds(2, 10**6)
-  )
+  num_test_tasks: int = data_flag(600, "Number of test tasks.", bounds=(2, 10**6))
   evaluate_on: str = data_flag(
     "test",
     "Classes to evaluate on; tuning classes are for choosing settings.",
@@ -128,7 +122,7 @@ class Settings(settings_lib.Settings):
   num_clusters: int = flag(
     20,
     "Number of clusters of training tasks; fewer if there are fewer different tasks.",
-    bounds=settings_lib.Bounds(1, 10**6),
+    bounds=(1, 10**6),
     methods=_NESTED,
   )
   weight_learning_rate: float = flag(
@@ -143,7 +137,7 @@ class Settings(settings_lib.Settings):
   clip: float = flag(
     2e-5,
     "Magnitude to which derivatives with respect to a task weight are clipped.",
-    bounds=settings_lib.Bounds(settings_lib.TINY, 1e6),
+    bounds=(settings_lib.TINY, 1e6),
     methods=_NESTED,
   )
   every: int = flag(
@@ -152,21 +146,16 @@ class Settings(settings_lib.Settings):
     bounds=settings_lib.STEPS,
     methods=_NESTED,
   )
-  width: int = flag(
-    32, "Number of channels of the network.", bounds=settings_lib.Bounds(1, 4096)
-  )
+  width: int = flag(32, "Number of channels of the network.", bounds=(1, 4096))
   inner_learning_rate: float = flag(0.4)
   num_inner_steps: int = flag(
     1,
     "Number of steps of the inner loop in training.",
-    bounds=settings_lib.Bounds(0, 10**4),
+    bounds=(0, 10**4),
     group="method",
   )
   num_adaptation_steps: int = flag(
-    3,
-    "Number of steps of the inner loop in tests.",
-    bounds=settings_lib.Bounds(0, 10**4),
-    group="method",
+    3, "Number of steps of the inner loop in tests.", bounds=(0, 10**4), group="method"
   )
   learning_rate: float = flag(0.003, "Learning rate of Adam in the outer loop.")
   batch_size: int = flag(4, "Number of training tasks in a step.")

@@ -84,7 +84,7 @@ class Settings(settings_lib.Settings):
     None,
     "Height and width to which --images are resized.",
     unset="their most frequent size, with no side above 64",
-    bounds=settings_lib.Bounds(4, 1024),
+    bounds=(4, 1024),
   )
   num_epochs: int | None = flag(
     None, unset="10 for tables, and 20, 15 or 10 for images, by their number"
@@ -92,15 +92,13 @@ class Settings(settings_lib.Settings):
   batch_size: int | None = flag(None, unset="100, and fewer for small data")
   learning_rate: float = flag(1e-3, "Learning rate of Adam.")
   seed: int = flag(
-    0,
-    "Seed of the network and of the order of the examples.",
-    bounds=settings_lib.Bounds(0, 2**31 - 1),
+    0, "Seed of the network and of the order of the examples.", bounds=(0, 2**31 - 1)
   )
   num_pictures: int = flag(
     500,
     "Number of examples, the most suspicious first, whose pictures or columns are in"
     " issues.html.",
-    bounds=settings_lib.Bounds(0, 10**5),
+    bounds=(0, 10**5),
     group="output",
   )
 

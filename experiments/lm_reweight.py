@@ -59,16 +59,10 @@ class Settings(registries.MemoryFlags, settings_lib.TrainingFlags):
 
   methods: tuple[str, ...] = methods_flag(METHODS, METHODS)
   num_train: int = flag(4000, "Number of training documents.")
-  num_meta: int = flag(
-    64, "Number of clean documents.", bounds=settings_lib.Bounds(1, 10**8)
-  )
-  num_test: int = data_flag(
-    500, "Number of clean test documents.", bounds=settings_lib.Bounds(1, 10**8)
-  )
+  num_meta: int = flag(64, "Number of clean documents.", bounds=(1, 10**8))
+  num_test: int = data_flag(500, "Number of clean test documents.", bounds=(1, 10**8))
   length: int = data_flag(
-    64,
-    "Number of bytes that are predicted in a document.",
-    bounds=settings_lib.Bounds(1, 65_536),
+    64, "Number of bytes that are predicted in a document.", bounds=(1, 65_536)
   )
   corrupted: float = data_flag(
     0.3, "Share of corrupted documents.", bounds=settings_lib.SHARE
@@ -77,11 +71,9 @@ class Settings(registries.MemoryFlags, settings_lib.TrainingFlags):
     64,
     f"Width of the network (features of each byte), a multiple of {_HEAD}, which is the"
     " width of an attention head.",
-    bounds=settings_lib.Bounds(_HEAD, 8192),
+    bounds=(_HEAD, 8192),
   )
-  depth: int = flag(
-    2, "Number of transformer blocks.", bounds=settings_lib.Bounds(1, 1000)
-  )
+  depth: int = flag(2, "Number of transformer blocks.", bounds=(1, 1000))
   scan: bool = flag(
     False, "Compile the blocks as one lax.scan over stacked parameters."
   )

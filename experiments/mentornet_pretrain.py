@@ -54,7 +54,7 @@ class Settings(settings_lib.OutputFlags):
     75.0,
     "Percentile of all losses in --dump, from 0 to 100, which is subtracted from the"
     " losses.",
-    bounds=settings_lib.Bounds(0, 100),
+    bounds=(0, 100),
   )
   use_labels: bool = flag(
     False,
@@ -73,7 +73,7 @@ class Settings(settings_lib.OutputFlags):
     100_000,
     "Number of rows to draw from the grid on which a mentor is fitted to a predefined"
     " curriculum.",
-    bounds=settings_lib.Bounds(100, 1_200_000),
+    bounds=(100, 1_200_000),
   )
   num_steps: int = flag(30_000)
   batch_size: int = flag(32, "Number of rows in an update.")
@@ -81,11 +81,9 @@ class Settings(settings_lib.OutputFlags):
   restarts: int = flag(
     8,
     "Number of random starts, of which the best is kept; the released code has 1.",
-    bounds=settings_lib.Bounds(1, 1000),
+    bounds=(1, 1000),
   )
-  seed: int = flag(
-    0, "Seed of all random draws.", bounds=settings_lib.Bounds(0, 2**31 - 1)
-  )
+  seed: int = flag(0, "Seed of all random draws.", bounds=(0, 2**31 - 1))
 
   def input_files(self) -> dict[str, str]:
     """The recorded losses."""

@@ -89,10 +89,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
     choices=DEVICES,
   )
   minutes: float | None = flag(
-    None,
-    "Minutes after which to stop.",
-    unset="no limit",
-    bounds=settings_lib.Bounds(0.01, 1e6),
+    None, "Minutes after which to stop.", unset="no limit", bounds=(0.01, 1e6)
   )
   num_seeds: int = flag(
     3, "Number of seeds of a cell. Without this flag, the MNIST figure has 10 splits."

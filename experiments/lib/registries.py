@@ -128,20 +128,20 @@ class Settings(MemoryFlags, settings_lib.Settings):
     "Percentile of the losses, from 0 to 100, to which a curriculum compares each loss."
     " The default is 70 for self_paced and focal_weight; for the others it depends on"
     " the noise level.",
-    bounds=settings_lib.Bounds(0, 100),
+    bounds=(0, 100),
     methods=["self_paced", "focal_weight", "pd_mixture", *_MENTORS],
   )
   warpi_samples: int = flag(
     3,
     "Number of draws of WarPI's rectifying vector.",
-    bounds=settings_lib.Bounds(1, 1000),
+    bounds=(1, 1000),
     methods=["warpi"],
   )
   bare_kappa: float = flag(
     1.0,
     "BARE keeps an example if the probability of its label is at least this number of"
     " standard deviations above the mean.",
-    bounds=settings_lib.Bounds(0, 1e3),
+    bounds=(0, 1e3),
     methods=["bare"],
   )
   bare_statistics: str = flag(
@@ -155,28 +155,28 @@ class Settings(MemoryFlags, settings_lib.Settings):
   focal_gamma: float = flag(
     1.0,
     "Exponent of the focal loss, 1 in LDAM's code.",
-    bounds=settings_lib.Bounds(0, 100),
+    bounds=(0, 100),
     methods=["focal", "class_balanced_focal"],
   )
   absgd_lambda: float | None = flag(
     None,
     "Temperature of ABSGD: above 0 for rare classes, below 0 for wrong labels. The"
     " default is -5, and in a long tail 2 (absgd_ldam_drw: 5).",
-    bounds=settings_lib.Bounds(-1e6, 1e6, 1e-6),
+    bounds=(-1e6, 1e6, 1e-6),
     methods=_ABSGD,
   )
   absgd_gamma: float | None = flag(
     None,
     "Weight of the new batch in ABSGD's normalizer, in (0, 1]. The default is 0.5, and"
     " in a long tail 0.9 (absgd_ldam_drw: 0.7).",
-    bounds=settings_lib.Bounds(1e-6, 1),
+    bounds=(1e-6, 1),
     methods=_ABSGD,
   )
   absgd_alpha: float | None = flag(
     None,
     "Factor of the new batch in ABSGD's normalizer; it divides the learning rate. The"
     " default is 0.5, and in a long tail 1 (absgd_ldam_drw: 0.5).",
-    bounds=settings_lib.Bounds(1e-6, 1e6),
+    bounds=(1e-6, 1e6),
     methods=_ABSGD,
   )
   deferred: float | None = flag(
@@ -192,7 +192,7 @@ class Settings(MemoryFlags, settings_lib.Settings):
     "Probability in [0, 1) below which the generalized cross-entropy is truncated, so"
     " that its gradient is 0; 0 for no truncation. With a high threshold, an untrained"
     " network may learn from no example.",
-    bounds=settings_lib.Bounds(0, settings_lib.BELOW_ONE),
+    bounds=(0, settings_lib.BELOW_ONE),
     methods=["generalized_cross_entropy"],
   )
   transition_epoch: int = flag(
@@ -255,7 +255,7 @@ class LongTailSettings(Settings):
   beta: float = flag(
     0.9999,
     "Beta of the effective number of examples of a class, in [0, 1).",
-    bounds=settings_lib.Bounds(0, 0.9999999),
+    bounds=(0, 0.9999999),
     methods=[
       *("class_balanced", "class_balanced_focal", "uniform_drw", "ldam_drw"),
       "absgd_ldam_drw",
@@ -264,20 +264,14 @@ class LongTailSettings(Settings):
   logit_tau: float = flag(
     1.0,
     "Factor of the logarithms of the class shares in logit adjustment.",
-    bounds=settings_lib.Bounds(0, 100),
+    bounds=(0, 100),
     methods=["logit_adjusted"],
   )
   ldam_margin: float = flag(
-    0.5,
-    "LDAM's margin of the rarest class.",
-    bounds=settings_lib.Bounds(0, 1e3),
-    methods=_LDAM,
+    0.5, "LDAM's margin of the rarest class.", bounds=(0, 1e3), methods=_LDAM
   )
   ldam_scale: float = flag(
-    30.0,
-    "Scale of LDAM's cosines.",
-    bounds=settings_lib.Bounds(1e-6, 1e4),
-    methods=_LDAM,
+    30.0, "Scale of LDAM's cosines.", bounds=(1e-6, 1e4), methods=_LDAM
   )
 
 

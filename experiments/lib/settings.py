@@ -206,10 +206,13 @@ def flag(
   *,
   unset: str | None = None,
   choices: Iterable[str] | None = None,
+  bounds: tuple[float, ...] | None = None,
   methods: Sequence[str] = (),
   **others: Any,
 ) -> Any:
   """Declares a field of a class of settings; the arguments are those of `Flag`.
+
+  `bounds` may also be the arguments of `Bounds`, such as (0, 1).
 
   `unset` says what the default None means, and is added to the help text.
 
@@ -218,6 +221,7 @@ def flag(
   """
   details = {"help": help, "unset": unset, "methods": tuple(methods), **others}
   details["choices"] = None if choices is None else tuple(choices)
+  details["bounds"] = None if bounds is None else Bounds(*bounds)
   return dataclasses.field(default=default, metadata=details)
 
 
@@ -463,17 +467,15 @@ class ProcessFlags(Flags):
     None, "Host and port of process 0, such as localhost:12345."
   )
   num_processes: int | None = _process_flag(
-    None, "Number of processes of this run.", bounds=Bounds(1, 10**5)
+    None, "Number of processes of this run.", bounds=(1, 10**5)
   )
   process_id: int | None = _process_flag(
     None,
     "Number of this process, from 0. Process 0 writes all files.",
-    bounds=Bounds(0, 10**5),
+    bounds=(0, 10**5),
   )
   initialization_timeout: int = _process_flag(
-    300,
-    "Seconds to wait for the other processes at the start.",
-    bounds=Bounds(1, 10**5),
+    300, "Seconds to wait for the other processes at the start.", bounds=(1, 10**5)
   )
 
 
@@ -485,7 +487,7 @@ class TrainingFlags(OutputFlags, ProcessFlags):
     None,
     "Number of devices, over all processes. The default is the largest number that"
     " divides the batch or, with several processes, all devices.",
-    bounds=Bounds(1, 10**5),
+    bounds=(1, 10**5),
   )
   # These two flags affect only speed and rounding, so a run may be continued with other
   # values.
@@ -500,7 +502,7 @@ class TrainingFlags(OutputFlags, ProcessFlags):
     "Number of steps sent to the devices at once. More are faster if a step takes a few"
     " milliseconds or less, but need a second program. The default is 1 on CPU and 20"
     " elsewhere.",
-    bounds=Bounds(1, 10**6),
+    bounds=(1, 10**6),
     recorded=False,
   )
   # These two flags affect only speed and memory.
@@ -517,7 +519,7 @@ class TrainingFlags(OutputFlags, ProcessFlags):
     "Number of worker processes that decode streamed images; 0 decodes them in threads."
     " The default is 0 on CPU, where training needs the cores, and the number of cores,"
     " at most 8, elsewhere.",
-    bounds=Bounds(0, streaming.MOST_THREADS),
+    bounds=(0, streaming.MOST_THREADS),
     recorded=False,
   )
   checkpoint_every: int = flag(
