@@ -243,13 +243,15 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   with figures.figure(path, figsize=size, tight=True) as (_, axes):
     edges = figures.grouped_bars(axes, errors, [f"{m:g}" for m in majorities])
     axes.plot([], [], "k.", markersize=3, label="one split")
-    label = "published mean"
-    for (method, majority), (row, *_) in by_cell.items():
-      if row["published_error_percent"] is not None:
-        place = edges[method][majorities.index(majority)]
-        number = row["published_error_percent"]
-        axes.plot(place, number, "kD", markersize=4, label=label)
-        label = ""
+    published_of = {
+      key: runs[0]["published_error_percent"]
+      for key, runs in by_cell.items()
+      if runs[0]["published_error_percent"] is not None
+    }
+    if published_of:
+      places = [edges[method][majorities.index(m)] for method, m in published_of]
+      means = list(published_of.values())
+      axes.plot(places, means, "kD", markersize=4, label="published mean")
     axes.set_xlabel("share of the majority class")
     axes.set_ylabel("test error (%), mean and 95% interval")
     axes.set_title(f"{rows[0]['dataset']}, 4 against 9, {rows[0]['protocol']} protocol")
