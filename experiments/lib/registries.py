@@ -318,8 +318,41 @@ class Problem(NamedTuple):
 Factory = Callable[[Any, Problem], base.Method]
 
 
-def _fine_tuning(settings: Settings, problem: Problem) -> base.Method:
-  return baselines.fine_tuning(optimizers.fine_tuning_steps(problem.num_steps))
+def simple_method(
+  name: str,
+  num_steps: int = 0,
+  variants: Mapping[str, Callable[[], base.Method]] | None = None,
+) -> base.Method:
+  """The `Method` for a name, for scripts whose methods have few settings.
+
+  Args:
+    name: name of the method.
+    num_steps: number of steps of the run, of which fine-tuning takes the last ones.
+    variants: makers of other methods, and of methods with settings, by name.
+  """
+
+  def fine_tuning():
+    return baselines.fine_tuning(optimizers.fine_tuning_steps(num_steps))
+
+  makers = {
+    "uniform": baselines.uniform,
+    "random": baselines.random,
+    "proportion": baselines.class_proportion,
+    "class_proportion": baselines.class_proportion,
+    "resampling": baselines.resampling,
+    "hard_mining": baselines.hard_mining,
+    "clean_only": baselines.clean_only,
+    "fine_tuning": fine_tuning,
+    # `optimizers.OptimizerConfig.for_method` starts the schedule again.
+    "fine_tuning_restarted": fine_tuning,
+    "l2rw": l2rw.l2rw,
+    **(variants or {}),
+  }
+  return makers[name]()
+
+
+def _simple(name: str) -> Factory:
+  return lambda settings, problem: simple_method(name, problem.num_steps)
 
 
 def _l2rw(settings: Settings, problem: Problem) -> base.Method:
@@ -438,12 +471,11 @@ def _absgd_ldam_drw(settings: LongTailSettings, problem: Problem) -> base.Method
 
 # Methods for wrong labels.
 NOISE: dict[str, Factory] = {
-  "uniform": lambda settings, problem: baselines.uniform(),
-  "random": lambda settings, problem: baselines.random(),
-  "clean_only": lambda settings, problem: baselines.clean_only(),
-  "fine_tuning": _fine_tuning,
-  # `optimizers.OptimizerConfig.for_method` starts the schedule again.
-  "fine_tuning_restarted": _fine_tuning,
+  "uniform": _simple("uniform"),
+  "random": _simple("random"),
+  "clean_only": _simple("clean_only"),
+  "fine_tuning": _simple("fine_tuning"),
+  "fine_tuning_restarted": _simple("fine_tuning_restarted"),
   # `runner.train` chooses the step of this method by the loss on the clean set.
   "early_stopped": lambda settings, problem: baselines.uniform()._replace(
     needs_meta=True
@@ -485,9 +517,9 @@ NOISE: dict[str, Factory] = {
 # differ, or logits that are cosines.
 LONG_TAIL: dict[str, Factory] = {
   **NOISE,
-  "class_proportion": lambda settings, problem: baselines.class_proportion(),
-  "hard_mining": lambda settings, problem: baselines.hard_mining(),
-  "resampling": lambda settings, problem: baselines.resampling(),
+  "class_proportion": _simple("class_proportion"),
+  "hard_mining": _simple("hard_mining"),
+  "resampling": _simple("resampling"),
   "class_balanced": lambda settings, problem: baselines.class_balanced(settings.beta),
   "class_balanced_focal": _class_balanced_focal,
   "balanced_softmax": lambda settings, problem: baselines.balanced_softmax(),
@@ -506,38 +538,6 @@ LONG_TAIL: dict[str, Factory] = {
   "ldam_hinge_drs": _ldam("resample", hinge=True),
   "absgd_ldam_drw": _absgd_ldam_drw,
 }
-
-
-def simple_method(
-  name: str,
-  num_steps: int = 0,
-  variants: Mapping[str, Callable[[], base.Method]] | None = None,
-) -> base.Method:
-  """The `Method` for a name, for scripts whose methods have few settings.
-
-  Args:
-    name: name of the method.
-    num_steps: number of steps of the run, of which fine-tuning takes the last ones.
-    variants: makers of other methods, and of methods with settings, by name.
-  """
-
-  def fine_tuning():
-    return baselines.fine_tuning(optimizers.fine_tuning_steps(num_steps))
-
-  makers = {
-    "uniform": baselines.uniform,
-    "random": baselines.random,
-    "proportion": baselines.class_proportion,
-    "class_proportion": baselines.class_proportion,
-    "resampling": baselines.resampling,
-    "clean_only": baselines.clean_only,
-    "fine_tuning": fine_tuning,
-    # `optimizers.OptimizerConfig.for_method` starts the schedule again.
-    "fine_tuning_restarted": fine_tuning,
-    "l2rw": l2rw.l2rw,
-    **(variants or {}),
-  }
-  return makers[name]()
 
 
 def needs_cosines(name: str) -> bool:
