@@ -20,7 +20,7 @@ import functools
 import operator
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -148,18 +148,6 @@ TABLE = table.Layout(
 )
 
 
-class Setting(NamedTuple):
-  """One network and the settings of its optimizer."""
-
-  network: str
-  learning_rate: float
-  weight_decay: float
-
-  def folder(self) -> str:
-    """The folder of its runs."""
-    return f"{self.network}-rate-{self.learning_rate}-decay-{self.weight_decay}"
-
-
 def make_network(name: str, num_classes: int = 10) -> mlp.MLP | lenet.LeNet:
   """The network for a name in `--networks`."""
   if name == "lenet":
@@ -215,19 +203,19 @@ def _make_split(settings: Settings, fraction: float, seed: int) -> examples_lib.
   return examples_lib.keep_train(split, order[:size])
 
 
-def make_settings(settings: Settings) -> list[Setting]:
+def make_models(settings: Settings) -> list[tuple[str, float, float]]:
   """Every network at every learning rate and weight decay."""
   networks = settings.networks
   if networks is None:
     networks = tuple(NETWORKS["digits" if settings.dataset == "digits" else "mnist"])
   models = [
-    Setting(network, rate, decay)
+    (network, rate, decay)
     for network in networks
     for rate in settings.learning_rate
     for decay in settings.weight_decay
   ]
-  for model in models:
-    make_network(model.network)
+  for network in networks:
+    make_network(network)
   models = list(dict.fromkeys(models))
   if len(models) * settings.num_seeds < 2:
     raise base.InputError(
@@ -239,7 +227,7 @@ def make_settings(settings: Settings) -> list[Setting]:
 
 def make_cells(settings: Settings) -> list[runner.Cell]:
   """A cell for every model at every noise fraction."""
-  models, method, data = make_settings(settings), baselines.uniform(), {}
+  models, method, data = make_models(settings), baselines.uniform(), {}
   for fraction in dict.fromkeys(settings.noise_fraction):
     splits = functools.partial(make_splits, settings, fraction)
     (split,) = splits((0,))
@@ -254,24 +242,24 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       memorization.check(split, images, settings.batch_size)
     data[fraction] = splits, config, split.num_classes
   cells = []
-  for model in models:
+  for network, rate, decay in models:
+    name = f"{network}-rate-{rate}-decay-{decay}"
+    optimizer = optimizers.OptimizerConfig(
+      "sgd", rate, settings.momentum, False, decay, decay_all=True, cosine=True
+    )
+    facts = {"network": network, "learning_rate": rate, "weight_decay": decay}
     for fraction, (splits, config, num_classes) in data.items():
-      rate, decay = model.learning_rate, model.weight_decay
-      optimizer = optimizers.OptimizerConfig(
-        "sgd", rate, settings.momentum, False, decay, decay_all=True, cosine=True
-      )
-      network = make_network(model.network, num_classes)
       cells.append(
         runner.Cell(
-          model.folder(),
-          {"noise_fraction": fraction, **model._asdict()},
+          name,
+          {"noise_fraction": fraction, **facts},
           config,
-          classifier.Classifier(network, num_classes),
+          classifier.Classifier(make_network(network, num_classes), num_classes),
           method,
           optimizer,
           splits,
-          f"noise-{fraction}/{model.folder()}",
-          title=f"noise-{fraction} {model.folder()}",
+          f"noise-{fraction}/{name}",
+          title=f"noise-{fraction} {name}",
         )
       )
   return cells
