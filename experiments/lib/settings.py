@@ -305,8 +305,7 @@ class Flags:
 
   def record(self) -> dict[str, Any]:
     """Every flag that determines the results, with its value as JSON."""
-    defaults = {field.name: field.default for field in dataclasses.fields(self)}
-    entries = {}
+    defaults, entries = self._defaults(), {}
     for name, details in flags_of(type(self)).items():
       value, condition = getattr(self, name), details.recorded_with or name
       is_omitted = getattr(self, condition) == defaults[condition]
@@ -325,8 +324,7 @@ class Flags:
 
   def is_given(self, name: str) -> bool:
     """Whether a flag was given on the command line or differs from its default."""
-    default = next(f.default for f in dataclasses.fields(self) if f.name == name)
-    return name in self.given or getattr(self, name) != default
+    return name in self.given or getattr(self, name) != self._defaults()[name]
 
   def check_used(self, name: str, is_used: bool, where: str) -> None:
     """Raises InputError if a flag is given but has no effect.
@@ -347,8 +345,7 @@ class Flags:
     The flags in `protocol` must have these values, and all others their defaults,
     except for those in `but`, those of other methods and those that only select runs.
     """
-    wanted = {field.name: field.default for field in dataclasses.fields(self)}
-    wanted |= protocol
+    wanted = {**self._defaults(), **protocol}
     return all(
       getattr(self, name) == wanted[name]
       for name, details in flags_of(type(self)).items()
@@ -375,6 +372,10 @@ class Flags:
           f"note: --{name} has no effect here; it is for --methods={methods}."
         )
     return "".join(f"{line}\n" for line in lines)
+
+  @classmethod
+  def _defaults(cls) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(cls)}
 
   def replace(self, **values: Any) -> Self:
     """The settings with other values."""
