@@ -304,8 +304,8 @@ def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows
   return rows
 
 
-def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Draws a panel for each data set and problem.
+def draw(rows: runner.Rows, path: pathlib.Path, label: str) -> None:
+  """Draws a panel for each data set and problem, with the accuracy under a label.
 
   Methods that use no clean images are dashed lines.
   """
@@ -333,7 +333,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
     for ax in axes[-1]:
       ax.set_xlabel("clean images of each class")
     for ax in axes[:, 0]:
-      ax.set_ylabel("test accuracy (%)")
+      ax.set_ylabel(label)
     legend = {
       name: handle
       for ax in axes.flat
@@ -389,8 +389,12 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   order = (*METHODS, *settings.datasets, *settings.problems)
   names = ("method", "dataset", "problem")
   rows.sort(key=lambda row: ([order.index(row[n]) for n in names], row["num_clean"]))
-  draw(rows, folder / "figure.png")
-  return runner.report(settings, TABLE, folder, rows, methods=([*METHODS], methods))
+  is_test = settings.evaluate_on == "test"
+  label = "test accuracy" if is_test else "accuracy on held-out images"
+  metric = dataclasses.replace(TABLE.metrics[0], heading=f"{label} %")
+  layout = dataclasses.replace(TABLE, metrics=(metric,))
+  draw(rows, folder / "figure.png", f"{label} (%)")
+  return runner.report(settings, layout, folder, rows, methods=([*METHODS], methods))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import scripts
 from experiments import clean_examples as script
 from experiments.lib import early_stopping
 from experiments.lib import report
+from experiments.lib import runner
 from l2rw_jax.io import metric_writer
 from l2rw_jax.training import results as results_lib
 
@@ -77,6 +78,18 @@ def test_methods_are_not_trained_again_for_settings_that_have_no_effect():
   assert [(row["problem"], row["accuracy_percent"]) for row in rows] == [
     (problem, 50.0) for problem in script.PROBLEMS
   ]
+
+
+def test_accuracy_on_held_out_images_is_not_called_test_accuracy(
+  tmp_path, monkeypatch, capsys
+):
+  fields = {**dict.fromkeys(report.RUN_FIELDS), "last": {"accuracy": 0.5}}
+  result = results_lib.Result(fields, {}, {}, {}, {})
+  monkeypatch.setattr(runner, "train", lambda *_: [result])
+  settings = _SETTINGS.replace(evaluate_on="validation", methods=("uniform",))
+  script.run(settings.replace(problems=("symmetric",)), tmp_path)
+  (heading,) = scripts.table(capsys.readouterr().out)[0][-2:-1]
+  assert heading == "accuracy on held-out images %"
 
 
 @pytest.mark.ci
