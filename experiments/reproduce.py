@@ -276,16 +276,18 @@ def _cifar_noise() -> Iterator[Cell]:
     sizes = (preset.num_steps, preset.batch_size, preset.meta_batch_size)
     number = published_cifar.lookup(name, "cifar10", noise, fraction, method)
     shared = {"preset": name, "dataset": "cifar10"}
-    mentor = {"mentor": (_MENTOR,)} if method == "mentornet_pd" else {}
-    yield _cell(
+    cell = _cell(
       *("cifar_noise", name, f"{fraction:g}", method),
       paper=name,
       facts={**shared, "noise": noise, "fraction": fraction, "network": preset.network},
-      settings={**shared, "noise_fraction": fraction, **mentor},
+      settings={**shared, "noise_fraction": fraction},
       published=number[0],
       spread=number[1],
       size=Size(preset.network, *sizes),
     )
+    if method == "mentornet_pd":
+      cell.settings["mentor"] = (_MENTOR,)
+    yield cell
 
 
 def _long_tail() -> Iterator[Cell]:
