@@ -148,8 +148,10 @@ TABLE = table.Layout(
   title="Training on a small weighted subset: accuracy against seconds",
   metrics=(
     table.Metric("accuracy_percent", "test accuracy %"),
-    table.Metric("percent_at_quarter", "at a quarter of equal seconds %"),
-    table.Metric("percent_at_equal", "at equal seconds %"),
+    table.Metric(
+      "percent_at_quarter", "test accuracy % after a quarter of equal seconds"
+    ),
+    table.Metric("percent_at_equal", "test accuracy % after equal seconds"),
     table.Metric("seconds", "seconds", decimals=1),
     table.Metric("selection_seconds", "seconds of selection", decimals=1),
     table.Metric("seconds_to_90", "seconds to 90 %", decimals=1),

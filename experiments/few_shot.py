@@ -2,9 +2,9 @@ r"""NestedMAML compared with MAML when some training tasks are out of distributi
 
 Paper: Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few
   Shot Learning" (AAAI 2022). The protocol follows the paper, with Omniglot in place of
-  mini-ImageNet: a share of the training tasks comes from another data set (foreign
-  tasks), or a share of the training images is mislabeled. Validation tasks have other
-  classes and are clean.
+  mini-ImageNet: a share of the training tasks comes from another data set (tasks out
+  of distribution, OOD), or a share of the training images is mislabeled. Validation
+  tasks have other classes and are clean.
 Command: python -m experiments.few_shot --data_dir=DIR
   mislabeled images: --ood=none --noise_share=0.3 --share=item
   without a download: --dataset=digits --ood=shuffled
@@ -57,10 +57,10 @@ _NESTED = ("nested_maml", "nested_maml_fo")
 # the first three parts get `_SHARES` of the classes, and testing gets the rest.
 _CLASSES = {"omniglot": (140, 30, 20, 52), "digits": (4, 2, 2, 2)}
 _SHARES = (0.6, 0.15, 0.05)
-# Number of images that are taken from a foreign source, several hundred per class.
+# Number of images that are taken from a source of OOD tasks, several hundred per class.
 _NUM_FOREIGN = 5000
 # Names of the results of `weights_of`: mean weights of parts of the training tasks.
-WEIGHTS = ("own_weight", "foreign_weight", "right_weight", "wrong_weight")
+WEIGHTS = ("in_distribution_weight", "ood_weight", "right_weight", "wrong_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +176,8 @@ TABLE = table.Layout(
   metrics=(
     table.Metric("accuracy_percent", "meta-test accuracy %"),
     table.Metric("interval_percent", "interval over tasks, ± %"),
-    table.Metric("own_weight", "weight of in-distribution tasks"),
-    table.Metric("foreign_weight", "weight of other tasks"),
+    table.Metric("in_distribution_weight", "weight of in-distribution tasks"),
+    table.Metric("ood_weight", "weight of other tasks"),
     table.Metric("right_weight", "weight of queries with right labels"),
     table.Metric("wrong_weight", "weight of queries with wrong labels"),
     table.Metric("weight_auroc", "AUROC of weights", decimals=3),
@@ -230,7 +230,7 @@ def load_classes(
   return image_classes.split_classes(whole, _CLASSES.get(dataset, shares), seed=0)
 
 
-def foreign_source(
+def ood_source(
   settings: Settings, train: sources.Source, seed: int
 ) -> sources.Source | None:
   """The source of the `--ood` tasks, whose images have the format of `train`."""
@@ -273,8 +273,8 @@ def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Ep
       num_tasks=settings.num_tasks,
       num_meta_tasks=settings.num_meta_tasks,
       num_test_tasks=settings.num_test_tasks,
-      foreign=foreign_source(settings, train, seed),
-      foreign_share=ood_share,
+      ood=ood_source(settings, train, seed),
+      ood_share=ood_share,
       noise_share=settings.noise_share,
       num_clusters=settings.num_clusters,
       seed=seed,
@@ -319,7 +319,7 @@ def make_method(settings: Settings, name: str) -> base.Method:
 
 
 def zeroed() -> base.Method:
-  """MAML with weight 0 for foreign tasks (group 1), the upper bound in the paper."""
+  """MAML with weight 0 for OOD tasks (group 1), the upper bound in the paper."""
 
   def gradients(state, problem, inputs):
     def weights(losses):
@@ -332,12 +332,12 @@ def zeroed() -> base.Method:
 
 
 def problem_of(method: str, problem: episodes.Episodes) -> episodes.Episodes:
-  """The training tasks of a method; two methods know which tasks are foreign."""
-  is_foreign = problem.pool.is_foreign
+  """The training tasks of a method; two methods know which tasks are ood."""
+  is_ood = problem.pool.is_ood
   if method == "maml_removed":
-    return episodes.keep_tasks(problem, np.flatnonzero(~is_foreign))
+    return episodes.keep_tasks(problem, np.flatnonzero(~is_ood))
   if method == "maml_zeroed":
-    train = problem.splits.train._replace(group=is_foreign.astype(np.int32))
+    train = problem.splits.train._replace(group=is_ood.astype(np.int32))
     return problem._replace(splits=problem.splits._replace(train=train))
   return problem
 
@@ -400,8 +400,8 @@ def weights_of(pool: episodes.Pool, share: str) -> evaluation.Probe:
     if share == "cluster":
       weights = weights[snapshot.splits.train.group]
     is_wrong = pool.wrong_items()
-    is_foreign = pool.is_foreign
-    parts = {"own_weight": weights[~is_foreign], "foreign_weight": weights[is_foreign]}
+    is_ood = pool.is_ood
+    parts = {"in_distribution_weight": weights[~is_ood], "ood_weight": weights[is_ood]}
     if weights.ndim == 2:
       parts["right_weight"] = weights[~is_wrong]
       parts["wrong_weight"] = weights[is_wrong]
@@ -427,10 +427,8 @@ def make_row(
     "accuracy_percent": 100 * metrics["last"]["accuracy"],
     "interval_percent": 100 * metrics["last"]["interval"],
     **{name: probes[name][-1] if name in probes else None for name in WEIGHTS},
-    "weight_auroc": report.ranking_auroc(
-      -result.weights["mean_weight"], pool.is_foreign
-    ),
-    "num_tasks": len(pool.is_foreign),
+    "weight_auroc": report.ranking_auroc(-result.weights["mean_weight"], pool.is_ood),
+    "num_tasks": len(pool.is_ood),
     **report.run_fields(metrics),
   }
 
@@ -443,13 +441,13 @@ def pooled(rows: runner.Rows) -> tuple[float, float]:
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Draws the accuracy against the share of foreign tasks, and mean weights.
+  """Draws the accuracy against the share of OOD tasks, and mean weights.
 
   If there is a single share, each method has a row instead of a curve.
   """
   has_weights = any(r[name] is not None for r in rows for name in WEIGHTS)
   panels = 2 if has_weights else 1
-  kind = {"none": "foreign"}.get(rows[0]["ood"], rows[0]["ood"])
+  kind = {"none": "ood"}.get(rows[0]["ood"], rows[0]["ood"])
   shares = sorted({r["ood_share"] for r in rows})
   by_method = report.grouped(rows, "method")
   accuracy, weight = "accuracy %, 95% interval; dots: seeds", "mean weight at the end"

@@ -633,7 +633,6 @@ _MEMORY = (
 # Maps parameters of the library to flags with other names.
 _FLAG_OF = {
   "num_meta_per_class": "num_meta",
-  "foreign_share": "ood_share",
   "fraction": "noise_fraction",
   "layers": "l2rw_layers",
   "percentile": "mentor_percentile",

@@ -56,16 +56,16 @@ class Pool(NamedTuple):
   """The truth about the training tasks, which methods must not use.
 
   Attributes:
-    classes: classes of each task, [N, ways]. The classes of `foreign`, which are out
+    classes: classes of each task, [N, ways]. The classes of `ood`, which are out
       of distribution, have the first numbers, the classes of `train` the next ones.
-    is_foreign: whether a task is out of distribution, bool [N].
+    is_ood: whether a task is out of distribution, bool [N].
     is_wrong: whether an image's class is not the class of its way, bool
       [N, ways, k + q].
     num_shots: k; images from index k on are queries.
   """
 
   classes: np.ndarray
-  is_foreign: np.ndarray
+  is_ood: np.ndarray
   is_wrong: np.ndarray
   num_shots: int
 
@@ -100,8 +100,8 @@ def episodes(
   num_tasks: int,
   num_meta_tasks: int,
   num_test_tasks: int,
-  foreign: sources.Source | None = None,
-  foreign_share: float = 0.0,
+  ood: sources.Source | None = None,
+  ood_share: float = 0.0,
   noise_share: float = 0.0,
   num_clusters: int = 1,
   seed: int,
@@ -109,15 +109,15 @@ def episodes(
   """Makes tasks with k shots and q queries of each way.
 
   A task draws its classes and then their images at random without replacement.
-  Exactly round(`num_tasks` * `foreign_share`) of the training tasks are drawn from
-  `foreign`. Label noise is added to `train` before tasks are drawn, so it affects both
+  Exactly round(`num_tasks` * `ood_share`) of the training tasks are drawn from
+  `ood`. Label noise is added to `train` before tasks are drawn, so it affects both
   support and query images. Of the n training images, floor(`noise_share` * n) get a
   label drawn uniformly from all C training classes, including the true one; the
   expected share of wrong labels is therefore `noise_share` * (C - 1) / C. The
-  validation and test tasks do not depend on `foreign_share` or `noise_share`.
+  validation and test tasks do not depend on `ood_share` or `noise_share`.
 
   NestedMAML can learn one weight for all tasks of a group. Groups are k-means clusters
-  (scikit-learn) of descriptors with an entry for every class of `foreign` and `train`,
+  (scikit-learn) of descriptors with an entry for every class of `ood` and `train`,
   which is 1 if the task has the class and 0 otherwise.
 
   Args:
@@ -130,8 +130,8 @@ def episodes(
     num_tasks: number of training tasks.
     num_meta_tasks: number of validation tasks.
     num_test_tasks: number of test tasks.
-    foreign: source of the out-of-distribution tasks, with images of the same shape.
-    foreign_share: share of training tasks from `foreign`, in [0, 1).
+    ood: source of the out-of-distribution tasks, with images of the same shape.
+    ood_share: share of training tasks from `ood`, in [0, 1).
     noise_share: share of training images with a random label, in [0, 1].
     num_clusters: number of clusters of the training tasks.
     seed: seed of all draws, at least 0.
@@ -146,23 +146,23 @@ def episodes(
   References:
     Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few Shot
     Learning", AAAI 2022 (https://arxiv.org/abs/2011.06782), and its released code: the
-    descriptor, the clusters and the noise. In the released code, the number of foreign
+    descriptor, the clusters and the noise. In the released code, the number of OOD
     tasks is random.
   """
   examples_lib.check_sizes(num_meta_tasks=num_meta_tasks)
   base.check_integer("num_tasks", num_tasks)
-  _check(train, meta, test, foreign, foreign_share, noise_share)
+  _check(train, meta, test, ood, ood_share, noise_share)
   base.check_integer("num_ways", num_ways, 2)
   base.check_integer("num_shots", num_shots)
   base.check_integer("num_queries", num_queries)
   base.check_integer("num_test_tasks", num_test_tasks)
-  num_foreign = round(num_tasks * foreign_share)
+  num_ood = round(num_tasks * ood_share)
   train_rng, meta_rng, test_rng = examples_lib.generators(seed, 3)
   shape = _Shape(num_ways, num_shots, num_queries)
   images, pool = _training_tasks(
-    train, foreign, num_tasks, num_foreign, noise_share, shape, train_rng
+    train, ood, num_tasks, num_ood, noise_share, shape, train_rng
   )
-  num_classes = train.num_classes + (foreign.num_classes if foreign else 0)
+  num_classes = train.num_classes + (ood.num_classes if ood else 0)
   clusters = _clusters(pool.classes, num_classes, num_clusters, seed)
   parts = {
     "train": _examples(images, pool, clusters),
@@ -173,7 +173,7 @@ def episodes(
     **parts,
     validation=_take(parts["test"], np.zeros(0, np.int64)),
     num_classes=num_ways,
-    fingerprint=_fingerprint((train, meta, test, foreign), parts, pool, clusters),
+    fingerprint=_fingerprint((train, meta, test, ood), parts, pool, clusters),
   )
   return Episodes(splits, pool)
 
@@ -205,22 +205,22 @@ class _Shape(NamedTuple):
   num_queries: int
 
 
-def _training_tasks(train, foreign, num_tasks, num_foreign, noise_share, shape, rng):
-  """`TaskImages` and their `Pool`, foreign and other tasks in random order."""
-  noise_rng, train_rng, foreign_rng, order_rng = rng.spawn(4)
+def _training_tasks(train, ood, num_tasks, num_ood, noise_share, shape, rng):
+  """`TaskImages` and their `Pool`, OOD and other tasks in random order."""
+  noise_rng, train_rng, ood_rng, order_rng = rng.spawn(4)
   noisy = _noisy(train, noise_share, noise_rng)
-  rows, classes = _draw(noisy, num_tasks - num_foreign, shape, train_rng)
+  rows, classes = _draw(noisy, num_tasks - num_ood, shape, train_rng)
   bank, truth = train.images, train.labels
-  if foreign is not None:
-    others = _draw(foreign, num_foreign, shape, foreign_rng)
-    rows = np.concatenate([others[0], rows + len(foreign.images)])
-    classes = np.concatenate([others[1], classes + foreign.num_classes])
-    bank = np.concatenate([foreign.images, bank])
-    truth = np.concatenate([foreign.labels, truth + foreign.num_classes])
+  if ood is not None:
+    others = _draw(ood, num_ood, shape, ood_rng)
+    rows = np.concatenate([others[0], rows + len(ood.images)])
+    classes = np.concatenate([others[1], classes + ood.num_classes])
+    bank = np.concatenate([ood.images, bank])
+    truth = np.concatenate([ood.labels, truth + ood.num_classes])
   order = order_rng.permutation(num_tasks)
   rows, classes = rows[order], classes[order]
   is_wrong = truth[rows] != classes[:, :, None]
-  pool = Pool(classes, order < num_foreign, is_wrong, shape.num_shots)
+  pool = Pool(classes, order < num_ood, is_wrong, shape.num_shots)
   return TaskImages(bank, rows), pool
 
 
@@ -320,8 +320,8 @@ def _fingerprint(all_sources, parts, pool, clusters):
   return digest.hexdigest()[:16]
 
 
-def _check(train, meta, test, foreign, foreign_share, noise_share):
-  for name, source in (("meta", meta), ("test", test), ("foreign", foreign)):
+def _check(train, meta, test, ood, ood_share, noise_share):
+  for name, source in (("meta", meta), ("test", test), ("ood", ood)):
     if source is None:
       continue
     one, other = ((s.images.dtype, tuple(s.images.shape[1:])) for s in (train, source))
@@ -330,7 +330,7 @@ def _check(train, meta, test, foreign, foreign_share, noise_share):
         f"the {name} images are {other[0]} of shape {other[1]}, but the training"
         f" images are {one[0]} of shape {one[1]}; give both the same shape and type."
       )
-  all_sources = {"train": train, "meta": meta, "test": test, "foreign": foreign}
+  all_sources = {"train": train, "meta": meta, "test": test, "ood": ood}
   all_sources = {n: source for n, source in all_sources.items() if source is not None}
   for (first, a), (second, b) in itertools.combinations(all_sources.items(), 2):
     shared = _shared_classes(a, b)
@@ -339,12 +339,12 @@ def _check(train, meta, test, foreign, foreign_share, noise_share):
         f"the {first} and {second} sources share {len(shared)} classes; the first is"
         f" {min(shared)!r} of {a.name}. Every class may be in only one source."
       )
-  if foreign is None and foreign_share:
+  if ood is None and ood_share:
     raise base.InputError(
-      f"foreign_share={foreign_share} needs a foreign source; pass one, or set it to 0."
+      f"ood_share={ood_share} needs a source ood; pass one, or set it to 0."
     )
-  if not 0 <= foreign_share < 1:
-    raise base.InputError(f"foreign_share must lie in [0, 1); got {foreign_share}.")
+  if not 0 <= ood_share < 1:
+    raise base.InputError(f"ood_share must lie in [0, 1); got {ood_share}.")
   if not 0 <= noise_share <= 1:
     raise base.InputError(f"noise_share must lie in [0, 1]; got {noise_share}.")
 

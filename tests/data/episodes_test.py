@@ -10,7 +10,7 @@ from l2rw_jax.data import episodes
 from l2rw_jax.data import sources
 
 _WAYS, _SHOTS, _QUERIES = 3, 2, 4
-_SIZES = {"train": 8, "meta": 4, "test": 5, "foreign": 6}
+_SIZES = {"train": 8, "meta": 4, "test": 5, "ood": 6}
 
 
 def _source(name, num_classes, per_class=12, shape=(2, 2, 1)):
@@ -36,11 +36,11 @@ def _make(**settings):
     "num_meta_tasks": 6,
     "num_test_tasks": 7,
     "seed": 0,
-    **{name: source for name, source in _SOURCES.items() if name != "foreign"},
+    **{name: source for name, source in _SOURCES.items() if name != "ood"},
     **settings,
   }
-  if arguments.get("foreign_share"):
-    arguments.setdefault("foreign", _SOURCES["foreign"])
+  if arguments.get("ood_share"):
+    arguments.setdefault("ood", _SOURCES["ood"])
   return episodes.episodes(**arguments)
 
 
@@ -50,16 +50,16 @@ def _source_and_row(images):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_tasks_have_their_classes_and_foreign_share_is_exact(share):
-  splits, pool = _make(foreign_share=share)
+def test_tasks_have_their_classes_and_the_ood_share_is_exact(share):
+  splits, pool = _make(ood_share=share)
   images = splits.train.image[:]
   assert images.shape == splits.train.image.shape == (40, _WAYS, 6, 2, 2, 1)
   origin, row = _source_and_row(images)
-  expected = np.where(pool.is_foreign, 3, 0)[:, None, None]
+  expected = np.where(pool.is_ood, 3, 0)[:, None, None]
   np.testing.assert_array_equal(origin, np.broadcast_to(expected, origin.shape))
-  assert pool.is_foreign.sum() == round(40 * share) and not pool.is_wrong.any()
-  num_foreign_classes = 6 if share else 0
-  labels = np.where(expected == 3, row % 6, row % 8 + num_foreign_classes)
+  assert pool.is_ood.sum() == round(40 * share) and not pool.is_wrong.any()
+  num_ood_classes = 6 if share else 0
+  labels = np.where(expected == 3, row % 6, row % 8 + num_ood_classes)
   np.testing.assert_array_equal(labels, pool.classes[..., None] + 0 * labels)
   for task in range(40):
     assert len(set(pool.classes[task])) == _WAYS
@@ -67,7 +67,7 @@ def test_tasks_have_their_classes_and_foreign_share_is_exact(share):
 
 
 def test_labels_are_ways_and_held_out_tasks_use_other_sources():
-  splits, _ = _make(foreign_share=0.5)
+  splits, _ = _make(ood_share=0.5)
   expected = np.repeat(np.arange(_WAYS), _QUERIES)
   for name, number in (("train", 40), ("meta", 6), ("test", 7)):
     part = getattr(splits, name)
@@ -100,7 +100,7 @@ def test_noise_affects_supports_and_queries_and_is_recorded():
 
 def test_meta_and_test_tasks_depend_only_on_the_seed():
   one, again, other = _make(seed=1), _make(seed=1), _make(seed=2)
-  shared = _make(seed=1, foreign_share=0.5, noise_share=0.2, num_clusters=4)
+  shared = _make(seed=1, ood_share=0.5, noise_share=0.2, num_clusters=4)
   assert one.splits.fingerprint == again.splits.fingerprint
   fingerprints = {p.splits.fingerprint for p in (one, other, shared)}
   assert len(fingerprints) == 3
@@ -111,14 +111,12 @@ def test_meta_and_test_tasks_depend_only_on_the_seed():
     assert (images[0] != images[3]).any()
 
 
-def test_no_cluster_has_both_foreign_and_other_tasks():
-  splits, pool = _make(foreign_share=0.5, num_tasks=60, num_clusters=10)
+def test_no_cluster_has_both_ood_and_other_tasks():
+  splits, pool = _make(ood_share=0.5, num_tasks=60, num_clusters=10)
   clusters = splits.train.group
   assert set(clusters) == set(range(10))
   purity = [
-    max(
-      np.mean(pool.is_foreign[clusters == c]), np.mean(~pool.is_foreign[clusters == c])
-    )
+    max(np.mean(pool.is_ood[clusters == c]), np.mean(~pool.is_ood[clusters == c]))
     for c in range(10)
   ]
   np.testing.assert_array_equal(purity, 1.0)  # No class is in both sources.
@@ -135,10 +133,10 @@ def test_images_are_gathered_on_demand():
 
 
 def test_some_tasks_can_be_kept():
-  problem = _make(foreign_share=0.5, noise_share=0.3, num_clusters=4)
-  native = np.flatnonzero(~problem.pool.is_foreign)
+  problem = _make(ood_share=0.5, noise_share=0.3, num_clusters=4)
+  native = np.flatnonzero(~problem.pool.is_ood)
   kept = episodes.keep_tasks(problem, native[::-1])
-  assert not kept.pool.is_foreign.any() and len(kept.pool.classes) == 20
+  assert not kept.pool.is_ood.any() and len(kept.pool.classes) == 20
   np.testing.assert_array_equal(
     kept.splits.train.image[:], problem.splits.train.image[native]
   )
@@ -194,9 +192,9 @@ _LARGE = _source("meta", 4, shape=(3, 3, 1))
     ({"num_queries": 11}, "num_shots . num_queries = 13 images of a class, but a"),
     ({"num_test_tasks": 0}, "num_test_tasks=0 must be an integer of at least 1"),
     ({"num_tasks": 0}, "num_tasks=0 must be an integer of at least 1"),
-    ({"foreign_share": 1.0}, r"foreign_share must lie in \[0, 1\); got 1.0"),
-    ({"foreign_share": np.nan}, r"foreign_share must lie in \[0, 1\); got nan"),
-    ({"foreign_share": 0.5, "foreign": None}, "foreign_share=0.5 needs a foreign"),
+    ({"ood_share": 1.0}, r"ood_share must lie in \[0, 1\); got 1.0"),
+    ({"ood_share": np.nan}, r"ood_share must lie in \[0, 1\); got nan"),
+    ({"ood_share": 0.5, "ood": None}, "ood_share=0.5 needs a source ood"),
     ({"noise_share": 1.5}, r"noise_share must lie in \[0, 1\]; got 1.5"),
     ({"num_clusters": 0}, "num_clusters=0 must be an integer of at least 1"),
     ({"num_clusters": 2.0}, "num_clusters=2.0 must be an integer of at least 1"),

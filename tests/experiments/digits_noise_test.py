@@ -121,7 +121,7 @@ _MISTAKES = {
   "meta_too_many": (["--num_meta=1000"], "class 0 has 128 images in digits train"),
   "meta_negative": (["--num_meta=-1"], "--num_meta=-1 must lie between 0 and"),
   "meta_none": (["--num_meta=0"], "needs a meta set of clean examples"),
-  "meta_batch": (["--meta_batch_size=51"], "between 1 and the 50 clean examples"),
+  "meta_batch": (["--meta_batch_size=51"], "larger than the meta set of 50 clean"),
   "meta_batch_zero": (
     ["--meta_batch_size=0"],
     "=0 must lie between 1 and",

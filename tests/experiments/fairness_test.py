@@ -140,7 +140,7 @@ _MISTAKES = {
     "(2 of 2 groups have none): add examples of it. Raise --num_exemplars.",
   ),
   "exemplars_many": (["--num_exemplars=200"], "lower --num_exemplars"),
-  "meta_batch": (["--meta_batch_size=51"], "between 1 and the 50 clean examples"),
+  "meta_batch": (["--meta_batch_size=51"], "larger than the meta set of 50 clean"),
   "batch": (["--batch_size=1000"], "is larger than the"),
   "temperature": (["--temperature=-1"], "=-1 must lie between"),
   "reduction": (["--reduction=sum"], "should be one of <mean|max>"),

@@ -112,7 +112,7 @@ def test_weights_are_probed_from_the_start(run):
   folder, _ = run
   path = folder / "ood-0.5" / "nested_maml" / "seed-0" / "seed-0" / "results.json"
   probes = json.loads(path.read_text())["probes"]
-  assert probes["step"] == [0, 4] and probes["own_weight"][0] == 1.0
+  assert probes["step"] == [0, 4] and probes["in_distribution_weight"][0] == 1.0
   weights = np.genfromtxt(path.parent / "weights.csv", delimiter=",", names=True)
   assert len(weights) == 24 and "label" not in weights.dtype.names
   assert np.nansum(weights["seen"]) == 4 * 4
@@ -156,7 +156,7 @@ def test_a_run_adds_another_ood_share_and_share_item_weights_single_images(run):
   rows, _, _ = scripts.saved_rows(folder.parent / "items")
   by_method = {r["method"]: r for r in rows}
   assert by_method["nested_maml_fo"]["wrong_weight"] is not None
-  assert by_method["nested_maml_fo"]["foreign_weight"] is None
+  assert by_method["nested_maml_fo"]["ood_weight"] is None
   assert by_method["l2rw"]["right_weight"] is None
 
 
@@ -180,10 +180,10 @@ def test_every_kind_of_out_of_distribution_source_can_be_read(tmp_path):
   np.savez(tmp_path / "rows.npz", **{**parts, "X": rows, "X_test": rows})
   train = sources.load("digits", "train")
   for name, size in (("digits", 1297), (f"npz:{tmp_path}/images.npz", 20)):
-    source = script.foreign_source(script.Settings(ood=name), train, 0)
+    source = script.ood_source(script.Settings(ood=name), train, 0)
     assert source.images.shape == (size, 8, 8, 1)
   with pytest.raises(base.InputError, match="has no uint8 images"):
-    script.foreign_source(script.Settings(ood=f"npz:{tmp_path}/rows.npz"), train, 0)
+    script.ood_source(script.Settings(ood=f"npz:{tmp_path}/rows.npz"), train, 0)
 
 
 @pytest.mark.filterwarnings("error")
@@ -227,7 +227,7 @@ _MISTAKES = {
     ["--ood_share=0.9", "--methods=maml_removed"],
     "--batch_size=4 is larger than the 2 training examples",
   ),
-  "meta_batch": (["--meta_batch_size=9"], "between 1 and the 8 clean examples"),
+  "meta_batch": (["--meta_batch_size=9"], "larger than the meta set of 8 clean"),
   "other_settings": (
     ["--workdir={run}", "--ood_share=0.5", "--width=8"],
     "width was 4, now 8",
