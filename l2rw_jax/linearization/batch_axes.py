@@ -35,11 +35,12 @@ _ELEMENTWISE = frozenset(
     "gt", "igamma", "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite",
     "layout_constraint", "le", "le_to", "lgamma", "log", "log1p", "log2", "logistic",
     "lt", "lt_to", "max", "min", "mul", "mulhi", "name", "ne", "neg", "nextafter",
-    "not", "one_minus_square", "or", "pcast", "polygamma", "population_count", "pow",
-    "pvary", "real", "reduce_precision", "regularized_incomplete_beta", "rem",
-    "reshard", "round", "rsqrt", "select_n", "sharding_constraint", "shift_left",
-    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
-    "square", "stop_gradient", "sub", "tan", "tanh", "threefry2x32", "xor", "zeta",
+    "not", "one_minus_square", "or", "pcast", "polygamma", "polynomial",
+    "population_count", "pow", "pvary", "real", "reduce_precision",
+    "regularized_incomplete_beta", "rem", "reshard", "round", "rsqrt", "select_n",
+    "sharding_constraint", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
+    "sub", "tan", "tanh", "threefry2x32", "xor", "zeta",
   }
 )
 # fmt: on
@@ -98,7 +99,7 @@ REFUSED = {
   **dict.fromkeys(
     ("random_gamma", "rng_bit_generator"), "it draws for all examples at once"
   ),
-  **dict.fromkeys(("approx_top_k", "device_put", "polynomial", "reduce"), _RARE),
+  **dict.fromkeys(("approx_top_k", "device_put", "reduce"), _RARE),
   **dict.fromkeys(("select_and_gather_add", "select_and_scatter"), _RARE),
   **dict.fromkeys(("select_and_scatter_add", "tridiagonal_solve"), _RARE),
 }

@@ -457,8 +457,11 @@ class Plan:
       if call is not None:
         jaxpr, consts = call
         return self.add(jaxpr, _constants(consts), inputs)
-      outputs = self._add_scan(eqn, inputs) if eqn.primitive.name == "scan" else None
-      if outputs is None and eqn.primitive.name in _CHECKPOINTS and self._recompute:
+      name = eqn.primitive.name
+      outputs = self._add_scan(eqn, inputs) if name == "scan" else None
+      if name == "optimization_barrier":
+        outputs = self._add_barrier(inputs)
+      if outputs is None and name in _CHECKPOINTS and self._recompute:
         outputs = self._add_recomputed(eqn, inputs)
       if outputs is not None:
         return outputs
@@ -651,6 +654,25 @@ class Plan:
       )
     )
     return outputs
+
+  def _add_barrier(self, inputs):
+    """Adds a barrier and returns its outputs; None if all depend on examples.
+
+    Values that do not depend on examples are left out of it. They are computed before
+    the others anyway, and would become values that depend on examples without a use.
+    """
+    is_data = [value.kind == Kind.DATA for value in inputs]
+    if all(is_data):
+      return None
+    data = [value for value, keep in zip(inputs, is_data, strict=True) if keep]
+    closed = jax.make_jaxpr(lambda *arrays: jax.lax.optimization_barrier(arrays))(
+      *(value.aval for value in data)
+    )
+    outputs = iter(self.add(closed.jaxpr, [], data))
+    return [
+      next(outputs) if keep else value
+      for value, keep in zip(inputs, is_data, strict=True)
+    ]
 
   def _add_scan(self, eqn, inputs):
     """Adds a loop and returns its outputs; None if it iterates over the examples."""

@@ -177,6 +177,19 @@ def test_shared_and_cast_parameters_are_supported():
     assert a is None or _error(a, e) < 1e-6  # One product is computed in float32.
 
 
+@pytest.mark.usefixtures("x64")
+def test_a_barrier_of_examples_and_parameters_is_supported():
+  def losses_fn(params, x):
+    h, kernel = jax.lax.optimization_barrier((jnp.tanh(x @ params), params))
+    return (h @ kernel.T).sum(1) ** 2
+
+  params, x = jnp.asarray(_images(4)[:4]), jnp.asarray(_images(4))
+  actual = _results(losses_fn, params, x, "layerwise")
+  expected = _results(losses_fn, params, x, "forward")
+  for a, e in zip(actual, expected, strict=True):
+    assert a is None or _error(a, e) < 1e-12
+
+
 def test_augmentation_with_a_key_per_example_is_supported():
   crop = augmentation.Preprocess(pad=2, flip=True)
   model = classifier.Classifier(mlp.MLP(10, (8,)), 10, crop)
