@@ -78,7 +78,7 @@ _CALLS = {
   "remat2": "jaxpr",
 }
 # Calls that can be replaced by their bodies.
-_INLINED = ("jit", "pjit", "closed_call", "core_call")
+_INLINED = ("jit", "pjit", "closed_call", "core_call", "call_hi_primitive")
 
 
 _BODY = "the operations in its body are not followed"
@@ -107,6 +107,8 @@ REFUSED = {
 
 def inner_jaxpr(eqn: Any) -> Any:
   """The jaxpr of a call, as `(jaxpr, consts)`; None if `eqn` is not a call."""
+  if eqn.primitive.name == "call_hi_primitive":
+    return _expanded(eqn)
   name = _CALLS.get(eqn.primitive.name)
   if name is None or name not in eqn.params:
     return None
@@ -114,6 +116,17 @@ def inner_jaxpr(eqn: Any) -> Any:
   if isinstance(inner, jax_core.ClosedJaxpr):
     return inner.jaxpr, inner.consts
   return inner, ()
+
+
+def _expanded(eqn):
+  """The jaxpr of an operation that JAX defines by others, such as `jnp.searchsorted`.
+
+  None if its outputs have derivatives, which may have rules of their own.
+  """
+  if any(_is_inexact(v) for v in eqn.outvars):
+    return None
+  closed = jax.make_jaxpr(eqn.params["_prim"].expand)(*(v.aval for v in eqn.invars))
+  return closed.jaxpr, closed.consts
 
 
 def inlined(eqn: Any) -> Any:

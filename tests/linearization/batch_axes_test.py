@@ -72,6 +72,7 @@ _SUPPORTED = {
   "barrier": lambda h: jax.lax.optimization_barrier((h, h**2))[1],
   "bessel": lambda h: jax.scipy.special.i0e(h) + jax.scipy.special.i1e(h),
   "polynomial": lambda h: jnp.polyval(jnp.array([1.0, -2.0, 3.0]), h),
+  "interp": lambda h: jnp.interp(h, jnp.linspace(-2, 2, 4), jnp.arange(4.0) ** 2),
   "named": lambda h: ad_checkpoint.checkpoint_name(h, "h") ** 2,
   "unused mean": lambda h: _with_unused_mean(h),
   "unused mean of a call": lambda h: _squared_and_mean(h)[0],
