@@ -635,6 +635,15 @@ def is_traced(*values: Any) -> bool:
   return any(isinstance(value, jax.core.Tracer) for value in values)
 
 
+def is_array(value: Any) -> bool:
+  """Whether a leaf of a batch is an array of a type that JAX has.
+
+  Numbers of Python are no arrays, and JAX has no arrays of strings, dates or objects.
+  """
+  dtype = getattr(value, "dtype", None)
+  return dtype is not None and getattr(dtype, "kind", None) not in tuple("OSTUMm")
+
+
 def known_setting(name: str, value: Any) -> Any:
   """`setting(value)` of a value that determines the program or needs double precision.
 

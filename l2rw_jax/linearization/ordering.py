@@ -78,7 +78,8 @@ def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
 
   Args:
     first: pytree of arrays; only floating-point and complex ones are waited for.
-    then: pytree of arrays. Typed PRNG keys and numbers of Python do not wait.
+    then: pytree of arrays. Typed PRNG keys, numbers of Python, and arrays of strings or
+      objects do not wait.
 
   Returns:
     A pytree with the values of `then`.
@@ -90,7 +91,7 @@ def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   is_ready = zero_after(first) == 0  # Always True.
 
   def wait(x):
-    if not hasattr(x, "dtype"):  # A number of Python is not computed.
+    if not base.is_array(x):  # Numbers of Python and strings are not computed.
       return x
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # Typed PRNG keys.
       return x

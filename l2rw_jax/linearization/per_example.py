@@ -474,7 +474,7 @@ def _split_rows(batch, size):
   """The arrays with a row per example, and a function from such arrays to a batch."""
   leaves, tree = jax.tree.flatten(batch)
   treedef: Any = tree
-  is_row = [jnp.shape(x)[:1] == (size,) for x in leaves]
+  is_row = [base.is_array(x) and jnp.shape(x)[:1] == (size,) for x in leaves]
 
   def merge(rows):
     remaining = iter(rows)

@@ -99,6 +99,11 @@ def test_after_explicitly_sharded_arrays():
       )
 
 
+def test_arrays_that_jax_does_not_have_are_unchanged():
+  then = {"file": np.array(["a", "b"]), "any": np.array([None, 1]), "name": "training"}
+  assert ordering.after(jnp.ones(2), then) == then
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "complex64"])
 def test_after_works_without_promotion_and_with_nan_checks(dtype):
   first = [jnp.ones(2, dtype), jnp.ones((1, 1), jnp.float32)]

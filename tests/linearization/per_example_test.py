@@ -333,7 +333,7 @@ def test_batches_of_integers_and_of_other_values_than_arrays(engine):
       losses_fn, kernel, batch, engine=engine, microbatch_size=size
     )[0]
     np.testing.assert_allclose(norms, expected, rtol=1e-12)
-  batch["name"] = "training"
+  batch |= {"name": "training", "file": np.array(["a", "b", "c"])}
   norms = per_example.norms(losses_fn, jnp.ones(2), batch, engine=engine)[0]
   np.testing.assert_allclose(norms, expected, rtol=1e-6)
 
