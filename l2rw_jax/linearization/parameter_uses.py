@@ -936,7 +936,7 @@ def trace(
   plan.known = {
     _place(value): x
     for value, x in zip(consts, closed.consts, strict=True)
-    if not isinstance(x, jax.core.Tracer)
+    if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
   }
   env.update(zip([value.place for value in consts], closed.consts, strict=True))
   outputs = plan.add(closed.jaxpr, consts, args)
