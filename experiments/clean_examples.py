@@ -4,14 +4,15 @@ Methods that learn weights need clean examples. The same examples have simpler u
 training on them alone, fine-tuning on them, and early stopping on them. This script
 compares these uses with methods that learn weights, with the same number of steps and
 the same cosine schedule, on two kinds of wrong labels and on a long tail. It plots how
-the accuracy of each method increases with the number of clean examples. The accuracy is
+the accuracy of each method depends on the number of clean examples. The accuracy is
 measured after the last step, except for early stopping, which uses the step with the
 lowest loss on the clean examples.
 
 Uniform training, early stopping and the method that needs no clean data (generalized
 cross-entropy, or balanced softmax in a long tail) are trained once for all numbers of
 clean examples. Training on the clean examples alone does not depend on the problem, so
-it is run once for each data set, and its rows are repeated for each problem.
+it is run only once for each data set and number of clean examples, and its rows are
+repeated for each problem.
 Command: python -m experiments.clean_examples --data_dir=DIR
 Device, time: about a third of one CPU core (shared with other work), 27 minutes.
 Published: nothing. Measured: results/clean_examples.
@@ -164,7 +165,11 @@ def make_splits(
 ) -> list[examples_lib.Splits]:
   """The data of some seeds; `count` changes only the content of the meta set.
 
-  All sizes are the same, so that all cells of a method share one compiled program.
+  The sets have the same sizes for all problems and counts, so that cells of the same
+  `Method` share one compiled program.
+
+  Raises:
+    InputError: a class has too few images, or an argument of a builder is invalid.
   """
   source = settings.load("train", dataset)
   splits = []
@@ -280,7 +285,11 @@ def make_cells(settings: Settings, methods: Sequence[str]) -> list[runner.Cell]:
 
 
 def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows:
-  """The rows of one run; early stopping has a row for each number of clean images."""
+  """The rows of one run.
+
+  Early stopping has a row for each number of clean images, and training on the clean
+  images alone a row for each problem.
+  """
   row = {
     **cell.facts,
     "method": cell.method_name,
@@ -305,9 +314,10 @@ def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows
 
 
 def draw(rows: runner.Rows, path: pathlib.Path, label: str) -> None:
-  """Draws a panel for each data set and problem, with the accuracy under a label.
+  """Draws a panel for each data set and problem.
 
-  Methods that use no clean images are dashed lines.
+  `label` is the label of the vertical axis, which is the accuracy. Methods that use no
+  clean images are dashed lines.
   """
   by_panel = report.grouped(rows, "dataset", "problem")
   datasets, problems = (list(report.grouped(rows, c)) for c in ("dataset", "problem"))
@@ -367,7 +377,9 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   for name in ("datasets", "problems", "num_clean"):
     values = getattr(settings, name)
     if not values or "" in values:
-      raise base.InputError(f"--{name}= is empty: give one or more values.")
+      raise base.InputError(
+        f"--{name} has no value, or an empty one: give one or more values."
+      )
   for count in settings.num_clean:
     if max(settings.num_clean) % count:
       raise base.InputError(

@@ -47,8 +47,8 @@ from l2rw_jax.training import evaluation
 FORML = tuple(f"forml_{name}" for name in forml.OBJECTIVES)
 METHODS = ("uniform", "class_proportion", "l2rw", "clean_only", *FORML)
 NETWORKS = {**registries.SMALL_NETWORKS, "resnet": registries.NETWORKS["resnet_32"]}
-# Maps a column of a row to its heading and to its name in
-# `evaluation.equal_opportunity`.
+# Maps a column of a row to its heading and to the name of the metric, which is
+# measured by `evaluation.accuracy` or `evaluation.equal_opportunity`.
 MEASURES = {
   "accuracy_percent": ("accuracy %", "accuracy"),
   "worst_group_percent": ("worst group %", "worst_group_accuracy"),
@@ -87,8 +87,8 @@ class Settings(runner.Settings):
   )
   network: str | None = flag(
     None,
-    "Network to train: an MLP 784-256-10, L2RW's LeNet, or ResNet-32. The default is"
-    " mlp; cifar10: resnet.",
+    "Network to train: an MLP with one hidden layer of 256 units, L2RW's LeNet, or"
+    " ResNet-32. The default is mlp; cifar10: resnet.",
     choices=NETWORKS,
     aliases=["model"],
     key="model",
@@ -158,12 +158,12 @@ class Settings(runner.Settings):
     return self.load("train").num_classes if self.groups == "class" else 2
 
 
-def method_label(one: Mapping[str, Any]) -> str:
+def method_label(row: Mapping[str, Any]) -> str:
   """The name of a row's method in the table."""
-  if one["kept_percent"] is None:
-    return one["method"]
-  by = f" by {one['method']}" if one["kept"] == "top" else ""
-  return f"uniform on {one['kept']} {one['kept_percent']}%{by}"
+  if row["kept_percent"] is None:
+    return row["method"]
+  by = f" by {row['method']}" if row["kept"] == "top" else ""
+  return f"uniform on {row['kept']} {row['kept_percent']}%{by}"
 
 
 TABLE = table.Layout(
@@ -223,7 +223,12 @@ def _make_forml(settings: Settings, objective: str) -> base.Method:
 
 
 def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
-  """The data of some seeds."""
+  """The data of some seeds.
+
+  Raises:
+    InputError: --minority_share has no effect or is too small, or another flag about
+      the data is invalid.
+  """
   is_inverted, small = settings.groups == "inverted", settings.dataset == "digits"
   settings.check_used("minority_share", is_inverted, f"with --groups={settings.groups}")
   imbalance, num_exemplars = settings.imbalance, settings.num_exemplars
@@ -297,6 +302,10 @@ def condensations(
     settings: the flags of the script.
     methods: the names in `--methods`.
     size: number of training images.
+
+  Raises:
+    InputError: a percentage is invalid or leaves less than a batch, or `--condense_by`
+      has no effect or names no FORML method of `methods`.
   """
   last = next((m for m in reversed(methods) if m in FORML), "")
   by = settings.condense_by or last
@@ -319,8 +328,9 @@ def condensations(
       )
   if settings.condense and (by not in FORML or by not in methods):
     raise base.InputError(
-      f"--condense needs the weights of a forml_ method of --methods; --condense_by"
-      f" is {by!r}. Choose among {', '.join(FORML)}, and list it in --methods too."
+      f"--condense needs the weights of a forml_ method of --methods; --condense_by is"
+      f" {repr(by) if by else 'not given'}. Choose among {', '.join(FORML)}, and list"
+      " it in --methods too."
     )
   percents = dict.fromkeys(map(int, settings.condense))
   return [make_facts(by, p, kept) for p in percents for kept in ("top", "random")]

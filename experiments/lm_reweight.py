@@ -150,7 +150,7 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
 
 
 def make_model(settings: Settings) -> language_model.LanguageModel:
-  """The network of the flags."""
+  """The network of the flags; InputError if --width is not a multiple of 16."""
   if settings.width % _HEAD:
     raise base.InputError(f"--width={settings.width} must be a multiple of {_HEAD}.")
   vocabulary = text_documents.VOCABULARY
@@ -205,8 +205,8 @@ def suspicion(
 
   The number is the share of steps in which the document had weight zero, or minus its
   mean weight if the method gives no zero weights. For uniform training, it is the loss
-  of the trained network. The result is None for methods that do not use training
-  documents or that treat all documents equally.
+  of the trained network. The result is None for clean_only and the methods of
+  fine-tuning.
   """
   if name == "uniform":
     problem = model.problem(
@@ -229,8 +229,13 @@ def recovered(values: np.ndarray | None, kinds: np.ndarray) -> dict[str, float |
   k is the number of corrupted documents.
 
   Args:
-    values: suspicion of each document, [N]; NaN if it was never seen.
+    values: suspicion of each document, [N], NaN if it was never seen; None if the
+      method does not rank the documents.
     kinds: kinds of the documents, indices into `text_documents.KINDS`, [N].
+
+  Returns:
+    The percentage of all corrupted documents ("recovered_percent") and that of each
+    kind of corruption, such as "shuffled_percent"; None where it is undefined.
   """
   is_wrong = kinds != 0
   names = {"recovered": is_wrong}
@@ -255,7 +260,7 @@ def draw(
 ) -> None:
   """Draws bits per byte against seconds, and the share of detected documents.
 
-  The second panel is left out if no method ranks the documents.
+  The second panel is left out if no method ranks the documents or none is corrupted.
   """
   ranked = [row for row in rows if row["recovered_percent"] is not None]
   panels = 1 + bool(ranked)

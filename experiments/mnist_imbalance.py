@@ -40,7 +40,7 @@ METHODS = (*FIGURE_METHODS, "fine_tuning", "clean_only")
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """The settings in which the paper and its released code differ, see `Settings`."""
+  """Settings of the paper or of its released code, see the flags of these names."""
 
   num_steps: int
   l2rw_steps: int
@@ -102,7 +102,7 @@ class Settings(runner.Settings):
     group="method",
   )
   clean_in_train: bool | None = _protocol_flag(
-    "Let baselines also train on the clean images.", group="data"
+    "Let methods that need no clean images train on them, too.", group="data"
   )
   num_test: int | None = _protocol_flag(
     "Number of balanced test images; 0 for as many as there are, as with digits.",
@@ -188,7 +188,11 @@ def make_cell(settings: Settings, name: str, majority: float) -> runner.Cell:
 def make_splits(
   settings: Settings, majority: float, include_meta: bool, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The data of some of the random splits."""
+  """The data of some of the random splits.
+
+  Raises:
+    InputError: the data set lacks a 4 or a 9, or a flag about the data is invalid.
+  """
   small, num_meta = settings.dataset == "digits", settings.num_meta
   num_test = make_protocol(settings).num_test
   if not {4, 9} <= set(settings.load("train").labels.tolist()):

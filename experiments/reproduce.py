@@ -4,7 +4,8 @@ The catalog has the published numbers on MNIST and CIFAR-10, but not those on CI
 the MNIST figure and the CIFAR tables of L2RW (Ren et al., 2018), the tables of
 Meta-Weight-Net (Shu et al., 2019), MentorNet-PD (Jiang et al., 2018), LDAM-DRW (Cao et
 al., 2019) and BARE (Patel and Sastry, 2023), and the time of a step. Each number is a
-cell: a run of its script with several seeds, in a separate folder below --workdir.
+cell: a run of its script, with several seeds except for the time of a step, in a
+separate folder below --workdir.
 Command: python -m experiments.reproduce --list
   python -m experiments.reproduce --device=gpu --minutes=30
   python -m experiments.reproduce --rehearse  (a few steps of every cell)
@@ -74,8 +75,8 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   list: bool = flag(False, "Print the catalog and run nothing.", group="output")
   rehearse: bool = flag(
     False,
-    "Run a few steps of every cell (an epoch for mnist_noise) with one seed, and with a"
-    " small network on CIFAR-10, in WORKDIR/rehearsal; the full networks are built, but"
+    "Run a few steps of every cell (an epoch for mnist_noise) with one seed and, except"
+    " on MNIST, a small network, in WORKDIR/rehearsal; the full networks are built, but"
     " not trained.",
   )
   only: tuple[str, ...] = flag(
@@ -153,7 +154,8 @@ class Cell(NamedTuple):
     published: the published number; None if the cell is not a number in a table.
     spread: the published "±", or None.
     column: column of the rows that is compared with the published number.
-    repeats: number of seeds; None is the value of --num_seeds.
+    repeats: number of seeds unless --num_seeds is given; None is the value of that
+      flag.
     size: the sizes that determine the cost; None if the cell is not a training run.
     is_proposed: whether the paper proposes the method.
     note: a remark about uncertain parts of the protocol.
@@ -360,7 +362,7 @@ class Forward(NamedTuple):
 
 @functools.cache
 def forward(name: str) -> Forward:
-  """Traces a network without compiling it; InputError if it cannot be built."""
+  """Traces a network without compiling it; InputError if XLA counts no FLOPs."""
   model, shape = _network(name)
   image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), image)
@@ -394,7 +396,7 @@ def seeds(settings: Settings, cell: Cell) -> int:
 
 
 def flops(settings: Settings, cell: Cell) -> float | None:
-  """Floating-point operations of all runs of a cell."""
+  """Floating-point operations of all runs of a cell; None if it has no size."""
   if cell.size is None:
     return None
   pass_ = forward(cell.size.network)
@@ -410,7 +412,7 @@ def estimated_minutes(settings: Settings, cell: Cell, device: str) -> float:
   pass_ = forward(cell.size.network)
   num_passes = sum(passes(cell.method, pass_.has_batch_norm))
   launches = cell.size.num_steps * pass_.layers * num_passes * _LAUNCH[device]
-  if device == "cpu":  # Seeds run one after the other.
+  if device == "cpu":  # Seeds of convolutions run one after the other.
     launches *= seeds(settings, cell)
   computed = (flops(settings, cell) or 0.0) / _SPEED[device]
   return _COMPILE_MINUTES[device] + max(computed, launches) / 60
@@ -423,7 +425,8 @@ class State(NamedTuple):
     name: "done", "started" or "to do".
     minutes: minutes that it has taken so far, on the device of its record.
     device: device of the record, or None.
-    measured: mean and interval of its rows.
+    measured: mean and interval of its rows; None if it is not done, or has no published
+      number.
     committed: number of its runs among the committed results.
   """
 
@@ -559,8 +562,8 @@ def describe(settings: Settings, entries: Sequence[Entry]) -> str:
   return report.table(header, rows)
 
 
-# Settings of a rehearsal, by script: fewer steps and, in the CIFAR scripts, a small
-# network, because the full ones would take minutes to compile on a CPU.
+# Settings of a rehearsal, by script: fewer steps and, except on MNIST, a small network,
+# because the full ones would take minutes to compile on a CPU.
 _REHEARSALS: dict[str, dict[str, Any]] = {
   "experiments.mnist_imbalance": {
     **{"num_steps": 2, "l2rw_steps": 2, "eval_every": 2, "num_test": 100},
@@ -747,8 +750,8 @@ def _summarize(entries: Sequence[Entry], limit: float) -> None:
     least = min(entry.minutes for entry in waiting)
     total = sum(entry.minutes for entry in waiting)
     print(
-      f"The others need {total:.0f} minutes, the shortest {least:.1f} (estimated):"
-      " raise --minutes for those that take longer, or run the same command again."
+      f"The others need {total:.0f} minutes, the shortest {least:.1f} (estimated): run"
+      f" the same command again, or raise --minutes for those that need over {limit:g}."
     )
 
 

@@ -39,8 +39,8 @@ def connect(settings: Any) -> None:
     settings: settings of the script.
 
   Raises:
-    InputError: the flags contradict each other, the script cannot use several
-      processes, or the connection fails.
+    InputError: the flags are incomplete or contradict each other, the script cannot use
+      several processes, or the connection fails.
   """
   if not isinstance(settings, settings_lib.ProcessFlags):
     return
@@ -52,9 +52,9 @@ def connect(settings: Any) -> None:
   if not is_automatic and len(missing) == len(given):
     return
   if not settings.SEVERAL_PROCESSES:
-    raise base.InputError(
-      refusal("--distributed" if is_automatic else "--coordinator_address")
-    )
+    asking = ["--distributed"] if is_automatic else []
+    asking += [f"--{name}" for name, value in given.items() if value is not None]
+    raise base.InputError(refusal(" and ".join(asking)))
   if not is_automatic and missing:
     raise base.InputError(
       f"{' and '.join(missing)} must also be given: several processes need"
@@ -88,9 +88,9 @@ def connect(settings: Any) -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def refusal(flag: str) -> str:
-  """The error if `flag` asks for several processes, but the script cannot use them."""
-  return f"{flag}: this script runs in one process; start it without {flag}."
+def refusal(cause: str) -> str:
+  """The error if `cause` asks for several processes, but the script cannot use them."""
+  return f"{cause}: this script runs in one process; start it without {cause}."
 
 
 def _late(settings: Any) -> str:
@@ -104,7 +104,7 @@ def _late(settings: Any) -> str:
 
 
 def _failure(error: Exception, late: str) -> str:
-  """The error of a connection that failed, with the flag to change."""
+  """The error of a connection that failed, with the flags to change if known."""
   text = " ".join(str(error).split())
   if "DEADLINE_EXCEEDED" in text or "timed out" in text.lower():
     return late

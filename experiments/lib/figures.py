@@ -49,7 +49,7 @@ def panels(
   path: pathlib.Path,
   *,
   draw_method: Callable[[Any, int, list[Row]], None],
-  draw_legend: Callable[[Any], None],
+  add_legend_entries: Callable[[Any], None],
   title: Callable[..., str],
 ) -> None:
   """Draws a panel for every setting; the methods are on a shared vertical axis.
@@ -60,7 +60,8 @@ def panels(
     path: path of the PNG file.
     draw_method: `(axes, place, rows)`, a function that draws the rows of one method at
       the vertical position `place` of one panel.
-    draw_legend: a function that draws the legend on the axes of the last panel.
+    add_legend_entries: a function that adds the entries of the legend to the axes of
+      the last panel.
     title: a function that returns the title of a panel from its values of `columns`.
   """
   settings = report.grouped(rows, *columns)
@@ -75,7 +76,7 @@ def panels(
       ax.set_xlabel("test accuracy (%), last step")
     axes[0, 0].set_yticks(range(len(methods)), methods)
     axes[0, 0].invert_yaxis()
-    draw_legend(axes[0, -1])
+    add_legend_entries(axes[0, -1])
     legend_beside(axes[0, -1])
 
 
@@ -139,7 +140,7 @@ def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) 
   value.
   """
 
-  def draw_legend(ax):
+  def add_legend_entries(ax):
     ax.plot([], [], "k.", label="one seed")
     if any(r["published_percent"] is not None for r in rows):
       ax.plot([], [], "D", color="C1", label="published mean")
@@ -149,7 +150,7 @@ def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) 
     columns,
     path,
     draw_method=_draw_accuracy,
-    draw_legend=draw_legend,
+    add_legend_entries=add_legend_entries,
     title=lambda *values: setting_title(
       rows[0] | dict(zip(columns, values, strict=True)), columns
     ),
@@ -217,7 +218,7 @@ def meta_weight_net_curves(
 
 
 def _draw_curves(cell: runner.Cell, folder: pathlib.Path, path: pathlib.Path) -> bool:
-  """Draws the first seed's weights against the loss at several epochs, if saved."""
+  """Draws the first seed's weights at several epochs; returns whether any are saved."""
   seeds, place = next(iter(cell.groups()))
   files = sorted((folder / place / "curves" / f"seed-{seeds[0]}").glob("epoch-*.txt"))
   if not files:

@@ -37,6 +37,7 @@ _NOISE = (b"[Gloo] Rank ",)
 def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
   """Copies `lines` until they end, except for the report of a lost connection.
 
+  The markers and the lines about the progress of connections are left out, too.
   If the process gives a reason for ending, that reason is printed instead of the
   report. If there is a report but no reason, one line about the report is printed.
 
@@ -78,8 +79,8 @@ def explanation(report: bytes) -> str:
     report: report of JAX's coordination service, which process 0 runs.
   """
   tasks = _LOST_TASKS.search(report)
-  which = f"process {tasks[1].decode()}" if tasks else "process 0"
-  return f"{which} ended or cannot be reached; rerun the same command to continue."
+  lost = f"process {tasks[1].decode()}" if tasks else "process 0"
+  return f"{lost} ended or cannot be reached; rerun the same command to continue."
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   runs, and a diamond is a published value.
   """
 
-  def draw_legend(ax):
+  def add_legend_entries(ax):
     for column, shots in _SHOTS.items():
       if any(r[column] is not None for r in rows):
         ax.plot([], [], "o", color=_COLORS[column], label=f"{shots} classes")
@@ -313,7 +313,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
     ("dataset", "builder", "shape", "imbalance"),
     path,
     draw_method=_draw_method,
-    draw_legend=draw_legend,
+    add_legend_entries=add_legend_entries,
     title=lambda dataset, builder, shape, imbalance: (
       f"{dataset}, {shape} {imbalance:g} ({builder})"
     ),

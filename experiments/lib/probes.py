@@ -46,7 +46,7 @@ class Settings(settings_lib.Settings):
     return tuple(all_probes[name] for name in self._names())
 
   def check_probes(self, split: examples_lib.Splits) -> None:
-    """Raises InputError unless the probes can be measured on these data."""
+    """Raises InputError if the data do not suffice, or a flag has no effect."""
     is_used = "susceptibility" in self._names()
     for name in ("probe_images", "probe_batch_size"):
       self.check_used(name, is_used, "without --probes=susceptibility")

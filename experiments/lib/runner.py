@@ -43,7 +43,7 @@ LOSS_GRID = np.concatenate([np.linspace(0, 10, 101), np.linspace(10.5, 20, 20)])
 
 @dataclasses.dataclass(frozen=True)
 class Settings(probes.Settings):
-  """The flags of every script that trains classifiers."""
+  """The flags of most scripts that train classifiers: the probes and the seeds."""
 
   num_seeds: int = flag(3)
 
@@ -53,7 +53,8 @@ class Cell:
   """One method on one kind of data, trained once for every seed.
 
   Attributes:
-    method_name: name of the method in --methods.
+    method_name: name of the method in --methods; in `fairness`, a cell that trains on
+      a part of the data has another name.
     facts: columns of its rows, which distinguish cells of one method.
     config: configuration of the runs; its seeds are those of all runs.
     model: the network and its loss.
@@ -65,7 +66,8 @@ class Cell:
     side_by_side: number of seeds that are trained side by side; None for all.
     evaluators: evaluators of the test set.
     title: title for messages; if it is empty, the facts and the method.
-    probes: probes of every evaluation, in addition to those of the flags.
+    probes: probes of every evaluation, in addition to those of the flags and that of
+      the method early_stopped.
   """
 
   method_name: str
@@ -136,9 +138,13 @@ def method_cell(
       --deferred is given. The default is two thirds, as in ABSGD's released code for
       CIFAR with wrong labels (80 of 120 epochs).
     **problem: other fields of `registries.Problem`.
+
+  Raises:
+    InputError: the settings of the method are invalid, or it would begin after the end
+      of the run, or its schedule cannot start again.
   """
   schedule = optimizer.schedule(config.num_steps)
-  made = registries.Problem(
+  whole_problem = registries.Problem(
     num_steps=config.num_steps,
     deferred_epoch=settings.deferred_epoch(deferred, num_epochs),
     **{"lookahead_learning_rate": schedule, **problem},
@@ -148,7 +154,7 @@ def method_cell(
     facts,
     config,
     model,
-    registries.make_method(name, settings, made, num_epochs),
+    registries.make_method(name, settings, whole_problem, num_epochs),
     optimizer.for_method(name, config.num_steps),
     splits,
     "seeds-{first}-{last}/" + folder_name(facts, name),
@@ -161,7 +167,7 @@ def check(settings: probes.Settings, cells: Sequence[Cell]) -> None:
   """Raises InputError unless every cell can be trained, before anything is written."""
   make_splits = None
   for cell in cells:
-    if cell.splits is not make_splits:  # Cells of the same data share the function.
+    if cell.splits is not make_splits:  # Cells of the same data may share it.
       make_splits = cell.splits
       (split,) = make_splits(cell.config.seeds[:1])
       settings.check_probes(split)
@@ -190,7 +196,7 @@ def open_folder(
 
   Raises:
     InputError: the folder contains a run with other settings or input files, or cannot
-      be written; or the script does not support several processes.
+      be written; the script does not support several processes, or their flags differ.
   """
   if not settings.SEVERAL_PROCESSES and processes.count() > 1:
     raise base.InputError(distributed.refusal("jax.distributed"))
@@ -222,6 +228,10 @@ def train(settings: Any, cell: Cell, folder: pathlib.Path) -> list[results_lib.R
     settings: settings of the script.
     cell: the cell to train.
     folder: folder of the experiment.
+
+  Returns:
+    The result of each seed. For early_stopped, `metrics["last"]` has the metrics at the
+    step with the lowest loss on the meta set.
   """
   results = []
   for seeds, place in cell.groups():
@@ -310,7 +320,7 @@ def _watch(
 
 
 def _record_curves(folder: pathlib.Path) -> evaluation.EpochProbe:
-  """Saves Meta-Weight-Net's weight function every epoch, for its figure."""
+  """A probe that saves Meta-Weight-Net's weight function before every epoch."""
 
   def probe(snapshot, epoch):
     state = snapshot.state.method_state

@@ -148,8 +148,8 @@ def test_flags_without_effect_on_the_chosen_methods_are_noted():
 
 _MISTAKES = {
   "method": (["--methods=magic"], "--methods=magic: choose among uniform"),
-  "no_data": (["--datasets="], "--datasets= is empty: give one or more values."),
-  "comma": (["--datasets=digits,"], "--datasets= is empty: give one or more values."),
+  "no_data": (["--datasets="], "--datasets has no value, or an empty one: give"),
+  "comma": (["--datasets=digits,"], "--datasets has no value, or an empty one: give"),
   "unknown_data": (["--datasets=nmist"], "--datasets=nmist: unknown data set 'nmist'"),
   "held_out": (
     ["--evaluate_on=validation", "--num_validation=0"],

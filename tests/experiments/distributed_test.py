@@ -29,6 +29,10 @@ _ADDRESS = {"coordinator_address": "localhost:1"}
       "--process_id=2 must be below --num_processes=2",
     ),
     (coreset.Settings(distributed=True), "--distributed: this script runs"),
+    (
+      coreset.Settings(num_processes=2, process_id=0),
+      "start it without --num_processes and --process_id",
+    ),
   ],
 )
 def test_wrong_flags_raise_in_one_line(settings, message):

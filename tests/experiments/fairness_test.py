@@ -152,7 +152,7 @@ _MISTAKES = {
   ),
   "condense_without": (
     ["--condense=50", "--methods=uniform"],
-    "--condense needs the weights of a forml_ method of --methods",
+    "a forml_ method of --methods; --condense_by is not given. Choose among",
   ),
   "condense_by_alone": (
     ["--condense_by=nope"],
