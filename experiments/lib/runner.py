@@ -167,7 +167,7 @@ def check(settings: probes.Settings, cells: Sequence[Cell]) -> None:
   """Raises InputError unless every cell can be trained, before anything is written."""
   make_splits = None
   for cell in cells:
-    if cell.splits is not make_splits:  # Cells of the same data may share it.
+    if cell.splits is not make_splits:  # Some cells share this function.
       make_splits = cell.splits
       (split,) = make_splits(cell.config.seeds[:1])
       settings.check_probes(split)
