@@ -322,13 +322,15 @@ def timed(method: base.Method, folder: pathlib.Path) -> base.Method:
 
   def refresh(state, problem, view):
     started = time.perf_counter()
-    state = method.refresh(state, problem, view)
+    refreshed = method.refresh(state, problem, view)
+    if refreshed is state:  # The subset is kept.
+      return state
     seconds = workdir_lib.read_record(path) if path.exists() else {}
     # Seconds are stored by epoch, because an interrupted run repeats a selection.
     seconds[str(view.epoch)] = time.perf_counter() - started
     path.parent.mkdir(parents=True, exist_ok=True)
     workdir_lib.write_record(path, seconds)
-    return state
+    return refreshed
 
   return method._replace(refresh=refresh)
 

@@ -170,6 +170,16 @@ def test_selections_are_timed_by_epoch(tmp_path, monkeypatch):
   assert script.timed(uniform, tmp_path) is uniform
 
 
+def test_a_subset_that_is_kept_counts_as_one_selection(tmp_path):
+  method = script.timed(adacore.random_subset(0.5, None), tmp_path)
+  problem = types.SimpleNamespace(num_examples=10)
+  state = method.init(None, problem, None)
+  for epoch in range(3):
+    view = types.SimpleNamespace(epoch=epoch, rng=np.random.default_rng(epoch))
+    state = method.refresh(state, problem, view)
+  assert list(workdir.read_record(tmp_path / "selections.json")) == ["0"]
+
+
 # -- mistakes ----------------------------------------------------------------
 
 _MISTAKES = {
