@@ -14,7 +14,7 @@ _TITLE_WIDTH = 110
 
 
 class _Panel(NamedTuple):
-  """The lines of one metric of one table that have a published value.
+  """The lines of one metric of one table with a measured and a published value.
 
   Attributes:
     title: title of the table, with the settings that all lines share.
@@ -39,7 +39,7 @@ def draw(tables: Sequence[table_lib.Table], path: pathlib.Path) -> bool:
   A dot is a measured value, and a diamond is a published one.
 
   Returns:
-    Whether there was a published value to draw.
+    Whether there was a published value, with a measured one, to draw.
   """
   panels = [p for table in tables for p in _panels(table)]
   if not panels:
@@ -77,7 +77,8 @@ def _panels(table: table_lib.Table) -> list[_Panel]:
       if line.values[i].difference is not None:
         setting = groups.setdefault(table.say(line, varying), [])
         setting.append((line.method, line.values[i]))
-    panels.append(_Panel(title, table.layout.metrics[i].heading, groups))
+    if groups:
+      panels.append(_Panel(title, table.layout.metrics[i].heading, groups))
   return panels
 
 

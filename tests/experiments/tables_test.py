@@ -269,6 +269,15 @@ def test_without_a_published_value_there_is_no_figure(tmp_path):
   assert not (tmp_path / "out" / "tables.png").exists()
 
 
+def test_a_published_value_without_a_measured_one_is_not_drawn(tmp_path):
+  rows = [
+    {**_NOISE, "method": "bare", "accuracy_percent": None},
+    {**_NOISE, **_NONE, "accuracy_percent": 60.0},
+  ]
+  written = tables.write(tmp_path / "out", [make("mnist_noise", rows, preset="bare")])
+  assert not any(path.endswith(".png") for path in written)
+
+
 _FORMATS = {"markdown": "# Every", "compact": "Mean ±", "csv": "experiment,setting,"}
 
 
