@@ -52,7 +52,7 @@ METHODS = tuple(registries.NOISE)
 class Preset:
   """The training settings of one paper: values of the flags of these names.
 
-  Attributes that are not flags:
+  Attributes that are not the value of a flag:
     decay_all: whether the weight decay includes biases and BatchNorm parameters; see
       `optimizers`.
     num_meta: maps the number of classes to the number of clean images of each class.
@@ -270,8 +270,8 @@ def _decay_steps(settings: Settings, preset: Preset) -> tuple[int, ...]:
     # A decay after the last update would have no effect.
     if not (text.isdecimal() and len(text) < 10 and 1 <= int(text) < num_steps):
       raise base.InputError(
-        f"--decay_steps={text}: give numbers of updates, such as 40000,60000, below"
-        f" --num_steps={num_steps}."
+        f"--decay_steps={text}: give numbers of updates, such as 40000,60000, above 0"
+        f" and below --num_steps={num_steps}."
       )
   return tuple(map(int, settings.decay_steps))
 

@@ -69,7 +69,7 @@ class Settings(runner.Settings):
   network: tuple[str, ...] = flag(
     tuple(HIDDEN),
     "Networks to train, separated by commas: any of logistic (regression) and mlp"
-    " (784-256-10).",
+    " (one hidden layer of 256 units).",
     aliases=["model"],
     key="model",
   )
@@ -88,7 +88,7 @@ class Settings(runner.Settings):
   refresh_every: int | None = flag(
     None,
     "Number of passes over a subset from one selection to the next. By default,"
-    " these passes have as many steps as two passes over all data.",
+    " these passes have about as many steps as two passes over all data.",
     bounds=settings_lib.EPOCHS,
     methods=["random", *_SELECTING],
   )
@@ -171,7 +171,7 @@ TABLE = table.Layout(
 
 def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
   """The splits of some seeds: all data, or a long tail."""
-  # All settings of a seed are run before those of the next seed.
+  # All cells of a seed are trained before the next seed, so a cache of one is enough.
   return [settings.split_of(seed) for seed in seeds]
 
 
@@ -193,7 +193,7 @@ def _make_split(settings: Settings, seed: int) -> examples_lib.Splits:
 
 
 def make_method(settings: Settings, method: str, fraction: float) -> base.Method:
-  """The `Method` for a name in `--methods`, which selects a fraction of the data."""
+  """The `Method` for a name in `--methods`; `full` ignores the fraction."""
   every = settings.refresh_every or max(1, round(2 / fraction))
   if method == "full":
     return baselines.uniform()
@@ -293,7 +293,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
 def train(
   settings: Settings, cell: runner.Cell, seed: int, folder: pathlib.Path
 ) -> dict[str, Any]:
-  """Trains one seed of a curve; returns its row, which contains the curve."""
+  """Trains one seed of a cell; returns its row, which contains the run's curve."""
   config = dataclasses.replace(cell.config, seeds=(seed,))
   cell = dataclasses.replace(cell, config=config)
   ((_, place),) = cell.groups()
@@ -384,7 +384,7 @@ def panels(rows: runner.Rows) -> dict[tuple[str, float], list[int]]:
 def with_equal_seconds(rows: runner.Rows) -> runner.Rows:
   """Returns the rows with accuracies after equal numbers of seconds for all methods.
 
-  The numbers are shares of the seconds of the shortest run of each model and seed.
+  These numbers are shares of the seconds of the shortest run of each model and seed.
   Seeds are treated separately, because the runs of a seed follow each other and the
   speed of a machine varies.
   """

@@ -31,6 +31,8 @@ from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
+# A predefined curriculum is drawn at these percents of the training, and for these
+# values of the percentile of the losses.
 _EPOCHS = (5, 50, 95)
 _LOSSES_AT_PERCENTILE = (0.5, 1.5, 3.0)
 
@@ -145,12 +147,18 @@ def fit_or_load(
   num_classes: int | None,
   folder: pathlib.Path,
 ) -> mentornet_network.Mentor:
-  """The mentor in the folder, which is fitted if it does not exist."""
+  """The mentor in the folder, which is fitted if it does not exist.
+
+  Raises:
+    InputError: the mentor in the folder was fitted to other rows or cannot be read, or
+      the fit diverged.
+  """
   path = folder / "mentor.json"
   fitted_to = _fingerprint(rows)
   if path.exists():
     if mentor_file.read(path)["facts"].get("rows") != fitted_to:
-      data = f"the losses in --dump={settings.dump}" if settings.dump else "these rows"
+      data = f"the rows of --curriculum={settings.curriculum}"
+      data = f"the losses in --dump={settings.dump}" if settings.dump else data
       raise base.InputError(
         f"{path} was not fitted to {data}, as they are now: choose another --workdir,"
         " or delete this file."
@@ -261,10 +269,12 @@ def _draw_recorded(axis, mentor, rows, epoch, percentile):
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Fits the mentor if it does not exist, and prints and draws its errors."""
+  """Fits the mentor if it does not exist, prints its errors, and draws its weights."""
   rows, num_classes = make_rows(settings)
   if settings.batch_size > len(mentornet_fitting.split(rows)[0].losses):
-    raise base.InputError("--batch_size is larger than the number of rows: lower it.")
+    raise base.InputError(
+      "--batch_size is larger than the number of training rows: lower it."
+    )
   folder = runner.open_folder(settings, TABLE.name, workdir)
   mentor = fit_or_load(settings, rows, num_classes, folder)
   draw(mentor, rows, settings.percentile, folder / "figure.png")

@@ -1,4 +1,4 @@
-"""Writes a ranking of labels to issues.csv and issues.html, and prints a summary."""
+"""Writes a ranking of labels to issues.csv and issues.html, and summarizes it."""
 
 import codecs
 from collections.abc import Iterator
@@ -74,7 +74,13 @@ def take(
 def csv_text(
   data: own_data.OwnData, issues: audit.LabelIssues, names: tuple[str, ...]
 ) -> str:
-  """The content of issues.csv: a row for each example, the most suspicious first."""
+  """The content of issues.csv: a row for each example, the most suspicious first.
+
+  Args:
+    data: the examples.
+    issues: the ranking of the examples.
+    names: name of each example, for the column "path" of image files.
+  """
   key = "path" if data.root is not None else "index"
   statistics = {k: v for k, v in issues.statistics.items() if v.ndim == 1}
   rows = np.arange(len(issues.index))
@@ -123,7 +129,7 @@ def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
           3,
           keep_aspect_ratio=True,
         )
-      except ValueError:  # The file has been removed since it was decoded.
+      except ValueError:  # The file has been removed or changed since it was decoded.
         image = data.features[row]
     elif data.features.ndim == 4:
       image = data.features[row]
@@ -188,7 +194,7 @@ def write(
 
 
 def summary(data: own_data.OwnData, issues: audit.LabelIssues) -> str:
-  """The text to print: the number of issues and the five most suspicious labels."""
+  """The text to print: the number of issues and at most five of them, worst first."""
   size = len(data.labels)
   lines = [
     f"{issues.num_issues} of {size} labels"

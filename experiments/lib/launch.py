@@ -33,9 +33,10 @@ def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
   After a mistake in the flags or the data, or if a file cannot be used or memory is not
   sufficient, the program prints one line and exits with status 2. After SIGINT, SIGTERM
   or SIGHUP it prints one line and exits with status 130, 143 or 129, respectively; a
-  run that is training saves a checkpoint first. If one of several processes ends in
-  such a way, so do the others. If a process is lost, the others print one line and exit
-  with status 75, or 134 if JAX notices the loss first.
+  run that is training saves a checkpoint first. If one of several processes exits with
+  status 2 or is stopped while it trains, the others end in the same way. If a process
+  is lost, the others print one line and exit with status 75, or 134 if JAX notices the
+  loss first.
 
   Args:
     settings: class of the script's settings, whose fields are the flags.
@@ -53,7 +54,7 @@ def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
       signal.signal(number, _stop)
 
   def parse_all(argv):
-    flags.FLAGS.mark_as_parsed()  # The only flags are those of `settings`.
+    flags.FLAGS.mark_as_parsed()  # `parse` reads all flags.
     with _one_line_errors(settings):
       return parse(settings, argv[1:])
 
@@ -71,7 +72,7 @@ def execute(
   """Like `main`, but with given arguments and without changes to the process.
 
   Raises:
-    SystemExit: the arguments ask for help, or there was a mistake.
+    SystemExit: the arguments ask for help, or `main` would print one line and exit.
   """
   with _one_line_errors(settings):
     _run(run, parse(settings, arguments), name)

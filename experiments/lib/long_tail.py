@@ -50,7 +50,7 @@ class Settings(
   methods: tuple[str, ...] | None = flag(
     None,
     f"Methods to compare: any of {', '.join(METHODS)}. The default is uniform and"
-    " ldam_drw in cifar_long_tail, and the methods of results/mnist_long_tail in"
+    " ldam_drw in cifar_long_tail, and METHODS in the source code in"
     " mnist_long_tail.",
   )
   shape: str = data_flag(
@@ -61,9 +61,9 @@ class Settings(
   )
   imbalance: tuple[float, ...] = flag((100.0,))
   builder: str | None = _preset_flag(
-    "Paper whose class sizes are used: ldam (meta images are drawn from the images"
-    " that the tail leaves over) or mwn (meta images are removed before the tail is"
-    " made).",
+    "Paper whose class sizes are used: ldam (meta images are those that the tail"
+    " leaves over; a class with too few of them gives up training images) or mwn (meta"
+    " images are removed before the tail is made).",
     choices=long_tail.BUILDERS,
     group="data",
   )
@@ -250,8 +250,10 @@ def _rows(
   counts = _counts(split)
   limits = evaluation.shot_thresholds(counts)
   published = None
-  compared = ("dataset", "preset", "network", "shape", "imbalance", *_OVERRIDING)
-  if experiment.comparable and settings.follows({}, cell.method_name, compared):
+  # These flags do not need their defaults: the script, `with_flags` and
+  # `published_cifar.long_tail` compare their values.
+  exempt = ("dataset", "preset", "network", "shape", "imbalance", *_OVERRIDING)
+  if experiment.comparable and settings.follows({}, cell.method_name, exempt):
     published = published_cifar.long_tail(
       experiment.facts["dataset"], cell.method_name, **cell.facts
     )
@@ -335,7 +337,10 @@ def _draw_method(ax: Any, place: int, rows: runner.Rows) -> None:
 
 
 def note_on_sizes(train: sources.Source) -> str | None:
-  """A note on a user's data whose classes differ in size, or None for other data."""
+  """A note on a user's data if its class sizes differ by a factor of 2 or more.
+
+  For all other data, the result is None.
+  """
   counts = np.bincount(train.labels, minlength=train.num_classes)
   smallest, largest = np.min(counts), np.max(counts)
   if not own_data.is_own(train.name) or largest < 2 * smallest:

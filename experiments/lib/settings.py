@@ -97,8 +97,8 @@ def naming(flag_name: str, value: Any) -> Iterator[None]:
   except base.InputError as error:
     text = f"--{flag_name}={value}: {error}"
     if ": unknown data set" in text or ": each part of the data set name" in text:
-      text += "; --data_dir names that folder, and your own data are images:DIR,"
-      text += " npz:FILE or csv:FILE"
+      text += "; --data_dir names the folder of prepared data sets, and your own data"
+      text += " are images:DIR, npz:FILE or csv:FILE"
     raise base.InputError(text) from error
 
 
@@ -109,7 +109,7 @@ class Flag(NamedTuple):
     help: full sentences for --help.
     group: key of `GROUPS`.
     choices: the strings allowed; None allows all.
-    bounds: bounds of a number; None allows all.
+    bounds: bounds of a number; None allows all finite numbers.
     methods: names of --methods that use the flag; empty if all do.
     aliases: older names of the flag, which still work.
     key: key under which the value is recorded; None means the name of the flag.
@@ -216,8 +216,8 @@ def flag(
 
   `unset` says what the default None means, and is added to the help text.
 
-  Arguments that are missing are taken from `SHARED` by the name of the field. Another
-  flag that only some methods use belongs to the group of the methods.
+  Arguments that are missing are taken from `SHARED` by the name of the field. A flag
+  that is not in `SHARED` belongs to the group "method" if only some methods use it.
   """
   details = {"help": help, "unset": unset, "methods": tuple(methods), **others}
   details["choices"] = None if choices is None else tuple(choices)
@@ -343,7 +343,8 @@ class Flags:
     """Whether a method is trained under a published protocol.
 
     The flags in `protocol` must have these values, and all others their defaults,
-    except for those in `but`, those of other methods and those that only select runs.
+    except for those in `but`, those of other methods, and those that select runs or do
+    not change how a method is trained.
     """
     wanted = {**self._defaults(), **protocol}
     return all(
@@ -428,13 +429,13 @@ class DataFlags(Flags):
   def read_own(self, name: str, part: str) -> own_data.OwnData:
     """A part of a user's data, such as images:DIR, which is read only once.
 
-    What was skipped or changed is printed.
+    What was skipped or changed in the training part is printed.
     """
     if (name, part) not in self._own:
       # The part train is not read again for its format.
       like = self.read_own(name, "train").form if part == "test" else None
       data = own_data.read(name, part, in_memory=self._in_memory(), like=like)
-      if part == "train":  # The test part has the same notes.
+      if part == "train":  # Most notes on the test part are the same.
         own_data_lib.show_report(name, data)
       self._own[name, part] = data
     return self._own[name, part]
@@ -455,7 +456,7 @@ class DataFlags(Flags):
 
 @dataclasses.dataclass(frozen=True)
 class ProcessFlags(Flags):
-  """The flags of every script that runs in several processes."""
+  """The flags of every script that trains, for a run in several processes."""
 
   SEVERAL_PROCESSES = True
 

@@ -50,7 +50,8 @@ class Settings(settings_lib.Settings):
     """The examples of --trusted in the format of the training data, or None.
 
     Raises:
-      InputError: --num_meta is also given, or the examples do not match.
+      InputError: --num_meta is also given, or the examples cannot be read or do not
+        match the training data.
     """
     if self.trusted is None:
       return None

@@ -128,7 +128,7 @@ STEP_TIME = table_lib.Layout(
 
 @functools.cache
 def layouts() -> dict[str, table_lib.Layout]:
-  """The layout of every table, by name, from all scripts."""
+  """The layout of every table, of benchmarks and scripts, by name."""
   layouts = [CORESET_SELECTION, DATA_CLEANING, LABEL_ISSUES, STEP_TIME]
   for info in pkgutil.iter_modules(experiments.__path__):
     if not info.ispkg:
@@ -150,8 +150,8 @@ def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[table_lib.T
     only: names of experiments; empty for all.
 
   Raises:
-    InputError: there are no experiments, an experiment has no table, or its rows cannot
-      be read.
+    InputError: `results` is not a folder, there are no experiments, a name in `only` is
+      unknown or has no results, an experiment has no table, or its rows cannot be read.
   """
   known = layouts()
   if not results.is_dir():
@@ -272,7 +272,7 @@ def rewrite(readme: pathlib.Path, block: str) -> None:
 
 
 def write(folder: pathlib.Path, tables: Sequence[table_lib.Table]) -> list[str]:
-  """Writes `tables.md`, `tables.csv` and, if any value is published, `tables.png`.
+  """Writes `tables.md`, `tables.csv` and, if `figure.draw` draws one, `tables.png`.
 
   Returns:
     The paths of the files.

@@ -103,7 +103,7 @@ _MISTAKES = {
   "one_row": (["--num_rows=1"], "=1 must lie between 100 and"),
   "large_batch": (
     ["--num_rows=1000", "--batch_size=801"],
-    "--batch_size is larger than the number of rows",
+    "--batch_size is larger than the number of training rows",
   ),
   "rate_nan": (["--learning_rate=nan"], "--learning_rate=nan is not a finite number."),
   "restarts": (["--restarts=0"], "=0 must lie between 1 and"),
