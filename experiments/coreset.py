@@ -5,8 +5,8 @@ Paper: AdaCore (Pooladzandi et al., ICML 2022) and CRAIG (Mirzasoleiman et al., 
   selection. They are compared with random subsets that are drawn equally often
   (`random`) or once (`random_fixed`), and with all data (`full`). Every run takes the
   same number of steps at the same learning rate. Its seconds include selections, but
-  not compilation. Each seed is trained alone, so that no run waits for the selection of
-  another.
+  neither compilation nor evaluation. Each seed is trained alone, so that no run waits
+  for the selection of another.
 Command: python -m experiments.coreset --data_dir=DIR
   for a long tail: --network=mlp --fraction=0.1 --imbalance=100 --workdir=runs/tail
   without a download: --dataset=digits
