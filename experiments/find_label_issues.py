@@ -122,19 +122,19 @@ class Settings(settings_lib.Settings):
   @property
   def title(self) -> str:
     """The name of the data set for the title of the page, without its folder."""
-    if self.dataset:
-      return self.dataset
+    if not own_data.is_own(self.source_name):
+      return self.source_name
     place = self.source_name.partition(":")[2]
     return pathlib.Path(place).expanduser().resolve().name
 
 
 @dataclasses.dataclass(frozen=True)
 class Standardize:
-  """Standardizes features of any scale and type to mean 0 and deviation 1.
+  """Standardizes images of any scale and type to mean 0 and deviation 1.
 
   Attributes:
-    mean: mean over training examples.
-    std: standard deviation over training examples, not 0.
+    mean: mean over all pixels of some training images.
+    std: standard deviation over these pixels, or 1 if it is 0.
   """
 
   mean: float
@@ -150,7 +150,8 @@ def read_data(settings: Settings) -> own_data.OwnData:
   """The examples to audit.
 
   Raises:
-    InputError: the data cannot be read, or a flag does not apply to them.
+    InputError: the flags name no data set, or several; the data cannot be read; or a
+      flag does not apply to them.
   """
   name = settings.source_name
   kind = name.partition(":")[0] if own_data.is_own(name) else "dataset"
@@ -160,7 +161,9 @@ def read_data(settings: Settings) -> own_data.OwnData:
   }
   for flag_name, needed in kinds.items():
     if getattr(settings, flag_name) is not None and kind != needed:
-      raise base.InputError(f"--{flag_name} is for --{needed}: leave it out.")
+      # --dataset may also name a user's data.
+      wanted = "a named data set" if needed == "dataset" else f"--{needed}"
+      raise base.InputError(f"--{flag_name} is for {wanted}: leave it out.")
   if own_data.is_own(name):
     return own_data.read(
       name,
@@ -175,7 +178,11 @@ def read_data(settings: Settings) -> own_data.OwnData:
 
 
 def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData | None:
-  """The examples of --trusted, in the format of `data`."""
+  """The examples of --trusted, in the format of `data`, or None.
+
+  Raises:
+    InputError: the examples cannot be read, or do not match `data`.
+  """
   if settings.trusted is None:
     return None
   is_table = settings.trusted.startswith("csv:")

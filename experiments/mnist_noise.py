@@ -88,8 +88,8 @@ def _sgd(
 # instead of 11,000, and its program for BARE (not those for the baselines) has a small
 # LeNet instead of the MLP of the paper. For L2RW and Meta-Weight-Net, its validation
 # images are the 1,000 clean ones, all of which are used in every step.
-# "own" gives each method the optimizer of the image experiments in its paper, for the
-# same number of epochs.
+# "own" gives each method of `by_method` the optimizer of the image experiments in its
+# paper, and all other methods that of "shared", for the same number of epochs.
 _DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
 _ADAM = optimizers.OptimizerConfig("adam", 1e-3)
 PRESETS = {
@@ -254,10 +254,16 @@ def make_splits(
 def make_optimizer(
   settings: Settings, name: str, split: examples_lib.Splits, steps_per_epoch: int
 ) -> optimizers.OptimizerConfig:
-  """The preset's optimizer, with the flags that override it."""
+  """The preset's optimizer, with the flags that override it.
+
+  Raises:
+    InputError: a flag has no effect, or --plateau has no images to watch.
+  """
   preset = PRESETS[settings.preset]
   optimizer = preset.by_method.get(name, preset.optimizer)
-  plateau = preset.plateau if settings.plateau is None else settings.plateau
+  plateau = settings.plateau
+  if plateau is None:  # --schedule replaces the plateau of a preset.
+    plateau = preset.plateau and settings.schedule is None
   learns = name in ("l2rw", *registries.META_LEARNED)
   watched = "meta" if preset.watches_meta and learns else "validation"
   watched = settings.plateau_data or watched

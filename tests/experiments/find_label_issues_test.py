@@ -211,6 +211,7 @@ def test_files_have_a_byte_order_mark_only_if_their_text_is_not_ascii(tmp_path):
     ({"dataset": "mnist:3.0.1"}, "mnist:3.0.1"),
     ({"csv": "a:b/t.csv#kind"}, "t.csv#kind"),
     ({"images": "."}, pathlib.Path.cwd().name),
+    ({"dataset": "npz:a/x.npz"}, "x.npz"),
   ],
 )
 def test_the_title_is_the_name_of_the_data(flags, title):
@@ -235,7 +236,7 @@ _MISTAKES = {
   "column": (["--csv={csv}", "--label_column=d"], "has no column 'd'; it has a, b, c"),
   "label_column": (["--npz=x", "--label_column=d"], "--label_column is for --csv"),
   "labels": (["--csv={csv}", "--labels=d"], "--labels is for --images: leave it out."),
-  "split": (["--csv={csv}", "--split=test"], "--split is for --dataset: leave it out."),
+  "split": (["--dataset=csv:x", "--split=test"], "--split is for a named data set:"),
   "no_split": (["--dataset=digits", "--split=all"], "--split=all: digits has the"),
   "no_dataset": (["--dataset=mnits"], "unknown data set 'mnits'"),
   "trusted": (["--csv={csv}", "--trusted=zip:x"], "--trusted=zip:x: the data 'zip:x'"),

@@ -120,6 +120,18 @@ def test_methods_that_learn_weights_use_all_clean_images_with_preset_bare():
     assert cell.optimizer.plateau_steps and cell.optimizer.plateau_data == watched
 
 
+def test_a_schedule_replaces_the_plateau_of_a_preset():
+  settings = script.Settings(
+    dataset="digits", preset="bare", schedule="cosine", num_meta=5, num_validation=0
+  )
+  (split,) = script.make_splits(settings, 0.5, (0,))
+  optimizer = script.make_optimizer(settings, "l2rw", split, 10)
+  assert optimizer.cosine and optimizer.plateau_steps is None
+  assert optimizer.plateau_data == "validation"  # The row has no such column.
+  with pytest.raises(base.InputError, match="no effect without --plateau"):
+    script.make_optimizer(settings.replace(plateau_data="meta"), "l2rw", split, 10)
+
+
 @pytest.mark.parametrize("watched", ["validation", "meta"])
 def test_the_plateau_follows_the_loss_of_the_named_images(watched, tmp_path):
   settings = script.Settings(
