@@ -1,4 +1,4 @@
-"""Scripts that run the experiments of the papers."""
+"""Scripts: experiments of the papers and of this project, and tools."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) ->
   print(
     "\ninterrupted; rerun the same command to continue.", file=sys.stderr, flush=True
   )
-  os._exit(130)  # Nothing has been opened that would have to be closed.
+  os._exit(130)  # Imports open nothing that would have to be closed.
 
 
 sys.excepthook = _on_uncaught

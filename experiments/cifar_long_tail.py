@@ -6,7 +6,8 @@ Command: python -m experiments.cifar_long_tail --data_dir=DIR
   --methods=uniform,ldam_drw; --shape=step, --imbalance=10, --dataset=cifar100;
   --smoke for a few steps on a CPU (with cifar100, also --imbalance=10). With
   --preset=ldam, pass --num_meta=10 to methods that need meta images. They are drawn
-  from images outside the tail; class 0 has none, so it gives up 10 training images.
+  from images outside the tail. A class whose images are all in the tail (class 0; with
+  --shape=step, the first half of the classes) gives up 10 training images instead.
 Device, time: one GPU; ResNet-32, 19,200 steps per run at imbalance 100 (preset ldam).
 Published (CIFAR-10, exponential 100, test accuracy %): ldam: cross-entropy 70.36,
   LDAM 73.35, LDAM-DRW 77.03. mwn: cross-entropy 70.36, L2RW 74.16, Meta-Weight-Net
@@ -67,7 +68,9 @@ class Settings(long_tail.Settings):
     ],
   )
   smoke: bool = flag(
-    False, "Run two epochs of a small network on 2,000 images, to try the script out."
+    False,
+    "Run two epochs of a small network on a tail of the first 2,000 images, to try the"
+    " script out.",
   )
 
   def load(self, split: str, dataset: str | None = None) -> sources.Source:

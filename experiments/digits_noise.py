@@ -60,7 +60,11 @@ class Settings(trusted.Settings, runner.Settings):
   methods: tuple[str, ...] = methods_flag(_COMPARED, METHODS)
   num_seeds: int = flag(5)
   noise: str = flag("uniform_flip", choices=["uniform_flip", "background_flip"])
-  noise_fraction: float = flag(0.4, "Share of the training labels to flip.")
+  noise_fraction: float = flag(
+    0.4,
+    "Share of the training labels to flip. With --noise=background_flip, flipped labels"
+    " of the background class stay right.",
+  )
   num_meta: int = flag(5)
   num_steps: int = flag(3000)
   batch_size: int = flag(100)
@@ -207,7 +211,7 @@ def draw(
     left.set_xlim(0, 100)
     left.set_xlabel("test accuracy after the last step (%)")
     name = pathlib.PurePath(settings.dataset).name
-    left.set_title(f"{name}, {settings.noise_fraction:.0%} wrong labels")
+    left.set_title(f"{name}, {ranking.is_wrong.mean():.0%} wrong labels")
     if weights:
       figures.rejections(right, weights)
     else:

@@ -54,10 +54,12 @@ METHODS = (
 )
 _NESTED = ("nested_maml", "nested_maml_fo")
 # Numbers of classes for training, validation, tuning and testing. For other data sets,
-# the first three parts get `_SHARES` of the classes, and testing gets the rest.
+# the first three parts get `_SHARES` of the classes, and testing gets the rest, except
+# that mini_imagenet has a folder for each of its splits.
 _CLASSES = {"omniglot": (140, 30, 20, 52), "digits": (4, 2, 2, 2)}
 _SHARES = (0.6, 0.15, 0.05)
-# Number of images that are taken from a source of OOD tasks, several hundred per class.
+# Largest number of images that are taken from another data set for OOD tasks (not from
+# omniglot, which has 20 images per class): about 500 per class of MNIST.
 _NUM_FOREIGN = 5000
 # Names of the results of `weights_of`: mean weights of parts of the training tasks.
 WEIGHTS = ("in_distribution_weight", "ood_weight", "right_weight", "wrong_weight")
@@ -210,6 +212,9 @@ def load_classes(
 
   The division of the classes does not depend on the seed, so that no setting is chosen
   on a class that another seed tests on.
+
+  Raises:
+    InputError: a data set cannot be loaded, or has too few classes.
   """
   if dataset == "mini_imagenet":
     if data_dir is None:
@@ -233,7 +238,11 @@ def load_classes(
 def ood_source(
   settings: Settings, train: sources.Source, seed: int
 ) -> sources.Source | None:
-  """The source of the `--ood` tasks, whose images have the format of `train`."""
+  """The source of the `--ood` tasks, with images of the size of `train`, or None.
+
+  Raises:
+    InputError: the source cannot be loaded, or has no uint8 images.
+  """
   if settings.ood == "none":
     return None
   if settings.ood == "shuffled":
@@ -332,7 +341,7 @@ def zeroed() -> base.Method:
 
 
 def problem_of(method: str, problem: episodes.Episodes) -> episodes.Episodes:
-  """The training tasks of a method; two methods know which tasks are ood."""
+  """The tasks of a method; two methods know which training tasks are OOD."""
   is_ood = problem.pool.is_ood
   if method == "maml_removed":
     return episodes.keep_tasks(problem, np.flatnonzero(~is_ood))
@@ -447,7 +456,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   """
   has_weights = any(r[name] is not None for r in rows for name in WEIGHTS)
   panels = 2 if has_weights else 1
-  kind = {"none": "ood"}.get(rows[0]["ood"], rows[0]["ood"])
+  kind = {"none": "OOD"}.get(rows[0]["ood"], rows[0]["ood"])
   shares = sorted({r["ood_share"] for r in rows})
   by_method = report.grouped(rows, "method")
   accuracy, weight = "accuracy %, 95% interval; dots: seeds", "mean weight at the end"

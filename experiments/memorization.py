@@ -102,7 +102,9 @@ class Settings(settings_lib.Settings):
     128, "Number of examples in a training step and in a measurement."
   )
   num_seeds: int = flag(
-    1, "Number of seeds of every network and learning rate, trained side by side."
+    1,
+    "Number of seeds of every network, learning rate and weight decay, trained side by"
+    " side.",
   )
 
   @property
@@ -149,7 +151,11 @@ TABLE = table.Layout(
 
 
 def make_network(name: str, num_classes: int = 10) -> mlp.MLP | lenet.LeNet:
-  """The network for a name in `--networks`."""
+  """The network for a name in `--networks`.
+
+  Raises:
+    InputError: the name has another form, or the network is too large.
+  """
   if name == "lenet":
     return lenet.LeNet(num_classes)
   match = re.fullmatch(r"mlp-([1-9]\d*)(?:x([1-9]\d*))?", name, re.ASCII)
@@ -204,7 +210,11 @@ def _make_split(settings: Settings, fraction: float, seed: int) -> examples_lib.
 
 
 def make_models(settings: Settings) -> list[tuple[str, float, float]]:
-  """Every network at every learning rate and weight decay."""
+  """Every network at every learning rate and weight decay.
+
+  Raises:
+    InputError: a name of a network is invalid, or there are fewer than two models.
+  """
   networks = settings.networks
   if networks is None:
     networks = tuple(NETWORKS["digits" if settings.dataset == "digits" else "mnist"])

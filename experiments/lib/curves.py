@@ -47,14 +47,15 @@ def read(folder: pathlib.Path, seed: int, name: str) -> Curve:
     name: name of the metric on the test set, such as "accuracy".
 
   Raises:
-    InputError: the seconds of the first steps are unknown.
+    InputError: a file of the run is missing or damaged, or the seconds of the first
+      steps are unknown.
   """
   timing = workdir_lib.read_record(folder / "timing.json")
   if timing["untimed_steps"]:
     raise base.InputError(
-      f"{folder / 'timing.json'} was missing or damaged when the run was resumed, so"
-      f" the seconds of the first {timing['untimed_steps']} steps are unknown. Delete"
-      f" {folder} to train again."
+      f"{folder / 'timing.json'} was missing, damaged or of another version when the"
+      f" run was resumed, so the seconds of the first {timing['untimed_steps']} steps"
+      f" are unknown. Delete {folder} to train again."
     )
   measured = {
     line["step"]: line[f"test/{name}"]

@@ -39,7 +39,7 @@ from l2rw_jax.models import wide_resnet
 
 # The kinds of label noise of which there are two variants.
 TWO_VARIANTS = ("uniform_flip", "background_flip", "mwn_flip", "mwn_flip2")
-# Groups of methods that use the same flags, for notes on flags that have no effect.
+# Groups of methods that use the same flags.
 META_LEARNED = ("meta_weight_net", "warpi", "warpi_deterministic", "advisor")
 _MENTORS = ("mentornet_pd", "mentornet_dd")
 _ABSGD = ("absgd", "absgd_ldam_drw")
@@ -395,7 +395,7 @@ def _advisor(settings: Settings, problem: Problem) -> base.Method:
 
 
 def _curriculum(name: str, preset: str) -> Factory:
-  """A predefined curriculum, without a network."""
+  """A predefined curriculum, without a mentor network."""
   return lambda settings, problem: mentornet.mentornet(
     getattr(mentornet, name), **settings._student(preset, problem.noise_fraction)
   )
@@ -551,8 +551,8 @@ def make_method(
   """The `Method` for a name in `LONG_TAIL`.
 
   Raises:
-    InputError: the method would begin after the end of the run, or its settings are
-      invalid.
+    InputError: the method would begin after the end of the run, its settings are
+      invalid, or its mentor is missing.
   """
   if name in _TRANSITION:
     epoch, flag_name = settings.transition_epoch, "transition_epoch"

@@ -162,8 +162,8 @@ LONG_TAIL_SOURCE = (
 )
 # The columns are exponential 100 and 10, and step 100 and 10, on CIFAR-10 and then on
 # CIFAR-100. Two methods are omitted because this library implements them differently:
-# class-balanced resampling, which uses effective numbers, and the class-balanced focal
-# loss, whose code computes the probability from the weighted loss.
+# class-balanced resampling, whose released sampler uses effective numbers, and the
+# class-balanced focal loss, whose code computes the probability from the weighted loss.
 _LDAM_TAILS = tuple((s, f) for s in ("exponential", "step") for f in (100.0, 10.0))
 _LDAM_ERRORS = {
   "uniform": (29.64, 13.61, 36.70, 17.50, 61.68, 44.30, 61.45, 45.37),

@@ -178,7 +178,8 @@ def make(section: Section) -> Table:
 
   Raises:
     InputError: there is no row, a row lacks a column or has a value that cannot be
-      read, runs of one line have the same seed, or their published values differ.
+      read, runs of one line have the same seed, or their published values or "±"
+      differ.
   """
   layout = section.layout
   if not section.rows:
