@@ -112,11 +112,11 @@ class Settings(settings_lib.Settings):
     choices=["test", "tuning"],
   )
   rotations: bool = data_flag(
-    False, "Also train on 90-degree rotations of every class."
+    False, "Also train on every class rotated by 90, 180 and 270 degrees."
   )
   share: str = flag(
     "cluster",
-    "What shares one weight in NestedMAML: a task, a cluster of tasks, or an item (a"
+    "What has one weight in NestedMAML: a task, a cluster of tasks, or an item (a"
     " query image).",
     choices=nested_maml.SHARES,
     methods=_NESTED,
@@ -263,7 +263,7 @@ def ood_source(
 
 
 def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Episodes:
-  """The tasks of one run."""
+  """The tasks of a seed and a share of OOD tasks, which all methods share."""
   train, meta, tuning, test = load_classes(
     settings.dataset, settings.data_dir, settings.cache_dir
   )

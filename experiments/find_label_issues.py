@@ -66,7 +66,7 @@ class Settings(settings_lib.Settings):
   csv: str | None = data_flag(None, "CSV file with a header.")
   label_column: str | None = data_flag(
     None,
-    "Column of the labels in --csv.",
+    "Column of the labels in --csv, and in a CSV file of --trusted.",
     unset="a column called label, labels, class, target or y, or otherwise the last",
   )
   dataset: str | None = flag(None)

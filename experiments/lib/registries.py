@@ -197,8 +197,9 @@ class Settings(MemoryFlags, settings_lib.Settings):
   )
   transition_epoch: int = flag(
     2,
-    "Epoch at which forward_correction and s_model_conf estimate the label transitions,"
-    " and begin to use them. It should come before the wrong labels are memorized.",
+    "Epoch, counted from 0, at which forward_correction and s_model_conf estimate the"
+    " label transitions, and begin to use them. It should come before the wrong labels"
+    " are memorized.",
     bounds=settings_lib.EPOCHS,
     methods=_TRANSITION,
   )
