@@ -269,6 +269,9 @@ def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Ep
   )
   if settings.rotations:
     train = image_classes.rotated(train)
+  num_clusters = settings.num_clusters
+  if settings.share != "cluster":  # Unused, but recorded with the data.
+    num_clusters = min(num_clusters, settings.num_tasks)
   with warnings.catch_warnings():
     # With few classes, there may be fewer different tasks than clusters.
     warnings.filterwarnings("ignore", "Number of distinct clusters")
@@ -285,7 +288,7 @@ def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Ep
       ood=ood_source(settings, train, seed),
       ood_share=ood_share,
       noise_share=settings.noise_share,
-      num_clusters=settings.num_clusters,
+      num_clusters=num_clusters,
       seed=seed,
     )
 
@@ -369,7 +372,7 @@ def make_cell(
       "noise_share": settings.noise_share,
       "num_ways": settings.ways,
       "num_shots": settings.num_shots,
-      "num_clusters": settings.num_clusters,
+      "num_clusters": settings.num_clusters if settings.share == "cluster" else None,
       "share": settings.share,
       "method": name,
     },

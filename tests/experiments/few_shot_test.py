@@ -195,6 +195,18 @@ def test_fewer_different_tasks_than_clusters_cause_no_warning():
   assert len(np.unique(problem.splits.train.group)) == 6 < settings.num_clusters
 
 
+@pytest.mark.parametrize(("share", "num_clusters"), [("item", None), ("cluster", 3)])
+def test_clusters_that_are_not_used_limit_and_name_nothing(share, num_clusters):
+  settings = script.Settings(dataset="digits", ood="none", num_meta_tasks=2)
+  settings = settings.replace(num_tasks=3, num_test_tasks=2, share=share)
+  settings = settings.replace(num_clusters=num_clusters or settings.num_clusters)
+  problem = script.make_problem(settings, 0.0, seed=0)
+  assert len(problem.pool.is_ood) == 3
+  method = script.make_method(settings, "nested_maml_fo")
+  cell = script.make_cell(settings, "nested_maml_fo", method, 0.0, 0, problem)
+  assert cell.facts["num_clusters"] == num_clusters
+
+
 _MISTAKES = {
   "unknown_method": (["--methods=reptile"], "--methods=reptile: choose among maml"),
   "no_method": (["--methods="], "--methods= is empty: choose among maml"),
