@@ -645,6 +645,7 @@ AUGMENTATIONS = {
   "warpi": _WARPI,
   "ldam": dataclasses.replace(_WARPI, padding="zero"),
 }
+# "warpi" for CIFAR-100.
 WARPI_100 = dataclasses.replace(
   _MWN, mean=(0.507, 0.487, 0.441), std=(0.267, 0.265, 0.276)
 )
