@@ -91,7 +91,7 @@ TABLE = table.Layout(
   ),
   settings={
     "noise": "{}",
-    "noise_fraction": "{:.0%} of the labels wrong",
+    "noise_fraction": "noise fraction {:.0%}",
     "num_meta": "{} clean images a class",
     "num_steps": "{:,} steps",
     "schedule": "{} learning rate",

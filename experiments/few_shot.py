@@ -191,7 +191,7 @@ TABLE = table.Layout(
     "evaluate_on": "{} classes",
     "ood": "other tasks from {}",
     "ood_share": "{:.0%} of the training tasks",
-    "noise_share": "{:.0%} of the images mislabeled",
+    "noise_share": "{:.0%} of the images with a random label",
     "num_clusters": "{} clusters",
     "share": "a weight for each {}",
     "num_steps": "{:,} steps",

@@ -123,7 +123,7 @@ def test_the_short_form_of_one_setting_has_a_column_per_metric():
   row = {"method": "l2rw", "best_accuracy": 0.5, "weight_auroc": None}
   rows = [{**row, "seed": s, "accuracy_percent": a} for s, a in enumerate((40, 60))]
   text = formats.compact(make("digits_noise", rows, noise_fraction=0.25))
-  assert text.startswith("25% of the labels wrong; 2 seeds.\n")
+  assert text.startswith("noise fraction 25%; 2 seeds.\n")
   # No run has an AUROC of mean weights, so there is no column for it.
   # The half-width is t(0.975, 1) = 12.706 standard errors, each 10.
   assert scripts.table(text) == [
