@@ -729,7 +729,7 @@ def divide_by_largest(values: Array, largest: Array) -> Array:
   return (values.astype(dtype) * factor / divisor).astype(values.dtype)
 
 
-def finite_rows(
+def check_finite(
   name: str, values: Array, axis_name: AxisName = None, advice: str = ""
 ) -> Array:
   """Whether all `values` [B] are finite on every device; bool scalar.

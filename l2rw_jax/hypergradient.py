@@ -598,8 +598,8 @@ def network_gradient(
       f"weights_fn must return one weight for each of {weight_gradient.shape} weight"
       f" gradients; got shape {jnp.shape(weights)}."
     )
-  base.finite_rows("weight gradients dM/dw", weight_gradient, axis_name)
-  base.finite_rows("weights", weights, axis_name, ": check phi and the losses")
+  base.check_finite("weight gradients dM/dw", weight_gradient, axis_name)
+  base.check_finite("weights", weights, axis_name, ": check phi and the losses")
   gradient = base.psum(weights_vjp(weight_gradient.astype(weights.dtype))[0], axis_name)
   check_network_gradient(gradient)
   return gradient
@@ -710,7 +710,7 @@ def _check_finite(losses, loss, state, axis_name) -> base.Array:
     axis_name: mapped device axis.
   """
   prefix = "non-finite direction: "
-  losses_finite = base.finite_rows(
+  losses_finite = base.check_finite(
     "meta losses", losses, axis_name, ": check meta_batch and params"
   )
   losses_finite &= jnp.isfinite(loss)

@@ -100,7 +100,7 @@ def loss_drop(
 
   leaves = base.local(partition.leaves(params), axis_name)
   (loss, losses), local_gradient = jax.value_and_grad(mean_loss, has_aux=True)(leaves)
-  base.finite_rows("losses", losses, axis_name, ": check batch and params")
+  base.check_finite("losses", losses, axis_name, ": check batch and params")
   before, gradient = base.pmean((loss, local_gradient), axis_name)
   updated = hypergradient.lookahead_params(
     params, partition.combine_gradient(gradient), optimizer, opt_state, value=before

@@ -189,13 +189,13 @@ def test_trees_without_floating_point_leaves_are_finite_and_zero():
     assert base.all_finite(tree) and base.max_abs(tree) == 0
 
 
-def test_finite_rows_counts_the_bad_rows():
+def test_check_finite_counts_the_bad_rows():
   values = jnp.array([1.0, np.nan, 2.0, np.inf])
   message = r"2 of 4 losses are NaN or infinite, the first in row 1: check the data\."
   with pytest.raises(FloatingPointError, match=message):
-    base.finite_rows("losses", values, advice=": check the data")
-  assert not jax.jit(lambda x: base.finite_rows("losses", x))(values)
-  assert base.finite_rows("losses", values[:1])
+    base.check_finite("losses", values, advice=": check the data")
+  assert not jax.jit(lambda x: base.check_finite("losses", x))(values)
+  assert base.check_finite("losses", values[:1])
 
 
 def test_first_fault_is_the_first_in_order():

@@ -203,7 +203,7 @@ def update(
   state, row_losses = _updated(
     state, index, logits, labels, counts, weights, scores, axis_name=axis_name
   )
-  base.finite_rows(
+  base.check_finite(
     "losses", row_losses, axis_name, ": check the logits given to audit.update"
   )
   return state

@@ -192,12 +192,12 @@ def reweigh(
   if meta_batch is None:
     raise base.InputError("meta_batch is None: give the exemplars.")
   base.check_losses("losses_fn's result", linearized.losses)
-  losses_finite = base.finite_rows(
+  losses_finite = base.check_finite(
     "training losses", linearized.losses, axis_name, ": check batch and params"
   )
   given, weights = weights, normalization.sum_to_one(weights, axis_name)
   # If one of the given weights is invalid, all normalized ones are NaN.
-  base.finite_rows(
+  base.check_finite(
     "weights",
     jnp.where(given < 0, jnp.inf, jnp.asarray(given).astype(weights.dtype)),
     axis_name,
@@ -218,8 +218,8 @@ def reweigh(
   weights = jax.lax.stop_gradient(
     update_weights(weights, gradient, weight_learning_rate, axis_name)
   )
-  slopes_finite = base.finite_rows("slopes dF/dw", gradient, axis_name)
-  slopes_finite &= base.finite_rows("weights", weights, axis_name)
+  slopes_finite = base.check_finite("slopes dF/dw", gradient, axis_name)
+  slopes_finite &= base.check_finite("weights", weights, axis_name)
   fault = base.lookahead_fault(
     direction.fault, losses_finite=losses_finite, slopes_finite=slopes_finite
   )

@@ -236,14 +236,14 @@ def weigh(
     FloatingPointError: outside `jit`, if a loss or a score is not finite.
   """
   base.check_losses("losses_fn's result", linearized.losses)
-  losses_finite = base.finite_rows(
+  losses_finite = base.check_finite(
     "training losses", linearized.losses, axis_name, ": check batch and params"
   )
   scores = -hypergradient.weight_gradient(linearized, direction, axis_name)
   # Scores are constants, even if this function is called inside a loss that is
   # differentiated.
   scores = jax.lax.stop_gradient(scores)
-  scores_finite = base.finite_rows(
+  scores_finite = base.check_finite(
     "scores",
     scores,
     axis_name,

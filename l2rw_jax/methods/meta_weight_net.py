@@ -345,7 +345,7 @@ def _lookahead(
   # Every device computes the weights of the global batch, so that "sum" is
   # differentiated without a collective; the network is small enough.
   base.check_losses("losses_fn's result", linearized.losses)
-  losses_finite = base.finite_rows(
+  losses_finite = base.check_finite(
     "training losses", linearized.losses, axis_name, ": check batch and params"
   )
   losses = base.gather(linearized.losses, axis_name)

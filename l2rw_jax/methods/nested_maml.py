@@ -167,7 +167,7 @@ def linearized_weight_gradient(
   if meta_tasks is None:
     raise base.InputError("meta_tasks is None: give the validation tasks.")
   base.check_losses("losses_fn's result", linearized.losses)
-  losses_finite = base.finite_rows(
+  losses_finite = base.check_finite(
     "training losses", linearized.losses, axis_name, ": check tasks and params"
   )
   size = base.global_size(linearized.losses.size, axis_name)
@@ -187,7 +187,7 @@ def linearized_weight_gradient(
   fault = base.lookahead_fault(
     direction.fault,
     losses_finite=losses_finite,
-    slopes_finite=base.finite_rows("slopes dV/dw", gradient, axis_name),
+    slopes_finite=base.check_finite("slopes dV/dw", gradient, axis_name),
   )
   return WeightGradient(
     gradient=gradient,
