@@ -38,9 +38,9 @@ _CHAIN = 5
 
 def _mentornet() -> base.Method:
   """MentorNet with an untrained mentor, which takes as long as a trained one."""
-  network, one = mentornet_network.MentorNetwork(), jnp.zeros(1)
+  network, losses = mentornet_network.MentorNetwork(), jnp.zeros(1)
   labels = jnp.zeros(1, jnp.int32)
-  variables = network.init(jax.random.key(0), one, one, labels, jnp.int32(0))
+  variables = network.init(jax.random.key(0), losses, losses, labels, jnp.int32(0))
   return mentornet.mentornet(mentornet_network.Mentor("pd", network, variables))
 
 

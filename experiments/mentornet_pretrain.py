@@ -110,7 +110,12 @@ TABLE = table.Layout(
 
 
 def make_rows(settings: Settings) -> tuple[mentornet_fitting.Rows, int | None]:
-  """Rows to fit, and the number of classes if the mentor uses labels, or else None."""
+  """Rows to fit, and the number of classes if the mentor uses labels, or else None.
+
+  Raises:
+    InputError: a flag is invalid or is not for this curriculum, or the recorded losses
+      are missing or invalid.
+  """
   is_dd, where = settings.curriculum == "dd", f"with --curriculum={settings.curriculum}"
   settings.check_used("percentile", is_dd, where)
   settings.check_used("num_rows", not is_dd, where)

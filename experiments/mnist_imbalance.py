@@ -116,7 +116,7 @@ class Settings(runner.Settings):
     "Number of images, including the clean ones. The default is 5,000; digits: 136.",
   )
   num_meta: int | None = flag(
-    None, "Number of clean images, half of each digit. The default is 10; digits: 4."
+    None, "Number of clean images, half 4s and half 9s. The default is 10; digits: 4."
   )
   eval_every: int = flag(500)
 

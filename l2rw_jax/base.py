@@ -52,7 +52,7 @@ class StaticFloat(float):
 
 
 for _static in (StaticStr, StaticFloat):
-  # There are no arrays to store: flax restores into an object, whose value is kept.
+  # There are no arrays to store: flax restores into a target, whose value remains.
   serialization.register_serialization_state(
     _static, lambda value: {}, lambda value, state: value
   )

@@ -18,7 +18,8 @@ from typing import BinaryIO
 # if JAX ends the process at the same time.
 CONNECTED = b"\0connected\n"
 REASON = b"\0reason "
-# How lines of a level begin: "E1130 09:41:00 1 file.cc:7]" or "2026-11-30 ...: E file".
+# How log lines begin: "E1130 09:41:00 1 file.cc:7]" or "2026-11-30 ...: E file". The
+# letters of the levels replace %s.
 _LEVEL = rb"([%s]\d|\d{4}-[^\]]*?: [%s] )"
 # Matches the first line of the report of a lost connection: a line that names the
 # service, unless its level is INFO or WARNING. Lines of these levels are about

@@ -333,9 +333,9 @@ class PerExampleGradients:
     if producer is not None and producer.eqn.primitive.name == "broadcast_in_dim":
       old = producer.eqn.invars[0].aval.shape
       dimensions = producer.eqn.params["broadcast_dimensions"]
-      kept = {d for d, size in zip(dimensions, old, strict=True) if size != 1}
-      if axis not in kept:  # In this case all rows are the same.
-        repeated = [a for a in range(rows.ndim) if a not in kept and a != axis]
+      old_axes = {d for d, size in zip(dimensions, old, strict=True) if size != 1}
+      if axis not in old_axes:  # In this case all rows of the parameter are the same.
+        repeated = [a for a in range(rows.ndim) if a not in old_axes and a != axis]
         rows = jnp.moveaxis(rows.sum(repeated, keepdims=True), axis, 0)
         source: Any = producer.inputs[0].place
         return _Formed(source, rows.reshape(self._size, *old))
@@ -490,7 +490,7 @@ def _convolution_factors(step, inputs, slope, permutation):
         images, (0, 0, *start), (*images.shape[:2], *stop), (1, 1, *strides)
       )
     )
-  # [B, groups, input channels of a group, window, positions]
+  # [B, groups, input channels of a group times window, positions]
   left = jnp.stack(patches, axis=2).reshape(
     size, groups, num_inputs * len(patches), math.prod(positions)
   )

@@ -342,12 +342,12 @@ def _lookahead(
 ):
   if meta_batch is None:
     raise base.InputError("meta_batch is None: give clean examples.")
-  # Every device computes the weights of the global batch, so that "sum" is
-  # differentiated without a collective; the network is small enough.
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.check_finite(
     "training losses", linearized.losses, axis_name, ": check batch and params"
   )
+  # Every device computes the weights of the global batch, so that "sum" is
+  # differentiated without a collective; the network is small enough.
   losses = base.gather(linearized.losses, axis_name)
 
   def weights_fn(phi, detached=detached):

@@ -25,11 +25,11 @@ class LanguageModel(classifier.Classifier):
   def loss(self, outputs: base.Array, batch: base.Batch) -> base.Array:
     """Mean cross-entropy of the tokens of each sequence, [B], in nats."""
     labels = batch["label"].astype(jnp.int32)  # An unsigned type does not have -1.
-    counts = labels != -1
+    is_used = labels != -1
     # The layerwise engine needs a separate axis of examples, so the loss is mapped over
     # this axis, which is not merged with the axis of the tokens.
-    per_token = jax.vmap(losses.softmax_cross_entropy)(outputs, labels, where=counts)
+    per_token = jax.vmap(losses.softmax_cross_entropy)(outputs, labels, where=is_used)
     wide = base.accumulator_dtype(per_token.dtype)
-    number = jnp.maximum(counts.sum(axis=1), 1).astype(wide)
+    number = jnp.maximum(is_used.sum(axis=1), 1).astype(wide)
     mean = per_token.astype(wide).sum(axis=1) / number
     return mean.astype(per_token.dtype)

@@ -32,7 +32,8 @@ class Part(NamedTuple):
   """Arrays of examples, and the rows of these arrays that K steps of R runs use.
 
   Attributes:
-    examples: arrays [D, R, n, ...]: n examples for each device of this process and run.
+    examples: arrays [D, R, n, ...]: n examples for each run and each of the D devices
+      of this process.
     rows: rows of these arrays, int32 [D, R, K, b], b for each step.
   """
 

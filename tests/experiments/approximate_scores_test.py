@@ -34,7 +34,7 @@ def test_scores_are_compared_with_exact_ones_of_the_same_step():
   actual, exact = (np.asarray(array)[::7] for array in scores)
   np.testing.assert_allclose(actual[[0, 2]], exact[[0, 2]], rtol=1e-4, atol=1e-6)
   assert np.abs(actual[1] - exact[1]).max() > 1e-3
-  # The steps in between also trained the parameters.
+  # The steps train the parameters.
   change = np.abs(updated["Dense_0"]["kernel"] - params["Dense_0"]["kernel"])
   assert change.max() > 1e-3
   result = approximate_scores.correlations(actual[[0, 2]], exact[[0, 2]])

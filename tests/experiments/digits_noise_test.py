@@ -216,14 +216,12 @@ def test_run_with_settings_equals_the_command(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_divergence_is_an_error_of_one_line_again(tmp_path):
+def test_divergence_is_the_same_error_when_the_command_is_repeated(tmp_path):
   small = ["--num_seeds=1", "--num_devices=1", "--methods=uniform"]
-  diverging = [*small, f"--workdir={tmp_path}/run", "--learning_rate=1e20"]
-  finished = [*small, f"--workdir={tmp_path}/short", "--learning_rate=1e20"]
-  many = "--num_steps=9"
-  first, again, short = scripts.run_many(
-    _NAME, [[*diverging, many], [*diverging, many], [*finished, "--num_steps=1"]]
-  )
+  small.append("--learning_rate=1e20")
+  diverging = [*small, f"--workdir={tmp_path}/run", "--num_steps=9"]
+  finished = [*small, f"--workdir={tmp_path}/short", "--num_steps=1"]
+  first, again, short = scripts.run_many(_NAME, [diverging, diverging, finished])
   scripts.assert_one_line(first, "uniform, seed 0, step 1: ")
   assert "losses are NaN or infinite; the last good parameters" in first.stderr
   assert again == first

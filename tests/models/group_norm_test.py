@@ -10,21 +10,21 @@ from l2rw_jax import base
 from l2rw_jax.models import group_norm
 
 
-def _x(*shape, seed=0):
+def _random(*shape, seed=0):
   return jnp.asarray(3 * np.random.default_rng(seed).normal(size=shape) + 1, np.float32)
 
 
 @pytest.mark.slow("shape0", "shape1")
 @pytest.mark.parametrize("shape", [(4, 5, 6, 16), (3, 7, 24), (5, 24)])
 def test_group_norm_equals_flax(shape):
-  x = _x(*shape)
+  x = _random(*shape)
   layer, flax_layer = group_norm.GroupNorm(4), nn.GroupNorm(4)
   params = layer.init(jax.random.key(0), x)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(
     jnp.shape, flax_layer.init(jax.random.key(0), x)
   )
-  params = jax.tree.map(lambda p: p + _x(*p.shape, seed=1), params)
-  cotangent = jnp.cos(_x(*shape, seed=2))
+  params = jax.tree.map(lambda p: p + _random(*p.shape, seed=1), params)
+  cotangent = jnp.cos(_random(*shape, seed=2))
 
   def outcome(net):
     value, vjp = jax.vjp(net.apply, params, x)
@@ -48,7 +48,7 @@ def test_constant_examples_have_finite_gradients():
 
 
 def test_statistics_are_accumulated_in_float32():
-  x = _x(2, 32, 32, 8)
+  x = _random(2, 32, 32, 8)
   net = group_norm.GroupNorm(2)
   params = net.init(jax.random.key(0), x)
   result = net.apply(params, x.astype(jnp.bfloat16))

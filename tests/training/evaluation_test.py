@@ -290,17 +290,17 @@ def test_probes_run_at_the_start_and_at_every_evaluation(tmp_path):
   probed = toy_runs.train(
     tmp_path / "probed", _UNIFORM, seeds=(0, 1), probes=(_norm, _wrong)
   )
-  for seed, (one, other) in enumerate(zip(plain, probed, strict=True)):
-    assert one.metrics["params_sha256"] == other.metrics["params_sha256"]
-    assert "probes" not in one.metrics
-    probes = other.metrics["probes"]
+  for seed, (plain_run, probed_run) in enumerate(zip(plain, probed, strict=True)):
+    metrics, probed_metrics = plain_run.metrics, probed_run.metrics
+    assert metrics["params_sha256"] == probed_metrics["params_sha256"]
+    assert "probes" not in metrics
+    probes = probed_metrics.pop("probes")
     assert probes["step"] == [0, 3, 6, 7]
     assert len(set(probes["norm"])) == 4
     assert probes["wrong"][-1] < probes["wrong"][0]
-    files, others = (run.metrics.pop("files") for run in (one, other))
-    assert files["weights.csv"] == others["weights.csv"]
-    del other.metrics["probes"]
-    assert other.metrics == one.metrics
+    files, probed_files = (m.pop("files") for m in (metrics, probed_metrics))
+    assert files["weights.csv"] == probed_files["weights.csv"]
+    assert probed_metrics == metrics
     rows = toy_runs.rows(tmp_path / "probed" / f"seed-{seed}")
     assert rows[0] == {
       "step": 0,
