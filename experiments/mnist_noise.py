@@ -215,7 +215,7 @@ TABLE = table.Layout(
     "schedule": "{} learning rate",
     "num_steps": "{:,} steps",
     "plateau_steps": "plateau",
-    "plateau_data": "plateau of the {} loss",
+    "plateau_data": "of the loss on the {} set",
   },
   keys=("noise", "fraction"),
   published=published.MNIST_NOISE_SOURCE,
