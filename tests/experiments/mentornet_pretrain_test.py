@@ -110,7 +110,7 @@ _MISTAKES = {
   "other_settings": (["--workdir={runs}/pd", "--seed=1"], "seed was 0, now 1"),
   "damaged": (
     ["--workdir={runs}/damaged", *_RUNS["pd"]],
-    "damaged/mentor.json is damaged: fit another",
+    "damaged/mentor.json is damaged or not a mentor, because it is not JSON",
   ),
 }
 

@@ -197,7 +197,7 @@ def test_unexpected_write_error_is_an_error_of_one_line(tmp_path, monkeypatch):
     raise RuntimeError("first line\nsecond line")
 
   monkeypatch.setattr(checkpointer._manager, "save", fail)
-  with pytest.raises(base.InputError, match=r"RuntimeError: first line\. Free"):
+  with pytest.raises(base.InputError, match=r"RuntimeError: first line\. Correct this"):
     checkpointer.save(1, {}, {})
 
 
