@@ -120,7 +120,7 @@ _MISTAKES = {
   ("meta_sizes", "message"),
   [
     (("1", "0.009"), "--meta_sizes=0.009: this is less than one example of the batch"),
-    (("1", "0.004", "0.001"), "mlp, which has 100; give at least 0.01"),
+    (("1", "0.004", "0.001"), "mlp, which has 100 examples; give at least"),
     (("0.1", "0.099"), "--meta_sizes=0.1,0.099: both give a meta batch of 10 for mlp"),
   ],
 )
