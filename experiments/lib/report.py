@@ -123,15 +123,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def save(folder: pathlib.Path, rows: list[dict[str, Any]], flags: dict) -> None:
   """Writes `results.json` and `results.csv`, with a row per run and the flags.
 
+  Rows may lack columns of other rows; these cells are empty in `results.csv`.
   `results.json` contains its own checksum and that of `results.csv`.
   """
   everything = {"flags": flags, "rows": rows}
   text = io.StringIO()
   given = " ".join(f"--{k}={_flag_text(v)}" for k, v in flags.items() if v is not None)
-  rows = [{**row, "flags": given} for row in rows]
-  writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+  columns = dict.fromkeys(column for row in rows for column in row)
+  writer = csv.DictWriter(text, [*columns, "flags"], lineterminator="\n")
   writer.writeheader()
-  writer.writerows(rows)
+  writer.writerows({**row, "flags": given} for row in rows)
   table_path = folder / "results.csv"
   workdir.write_text(table_path, text.getvalue())
   files = {table_path.name: workdir.file_digest(table_path)}

@@ -47,7 +47,10 @@ def test_table_is_aligned_markdown():
 
 def test_saved_rows_carry_the_flags(tmp_path):
   flags = {"steps": 3, "methods": ["a", "b"], "meta": None}
-  rows = [{"method": "a, really", "score": 0.1}, {"method": "b", "score": None}]
+  rows = [
+    {"method": "a, really", "score": 0.1},
+    {"method": "b", "score": None, "plateau_data": "meta"},
+  ]
   report.save(tmp_path, rows, flags)
   assert workdir.read_record(tmp_path / "results.json") == {
     "flags": flags,
@@ -58,8 +61,8 @@ def test_saved_rows_carry_the_flags(tmp_path):
     read = list(csv.DictReader(file))
   given = "--steps=3 --methods=a,b"
   assert read == [
-    {"method": "a, really", "score": "0.1", "flags": given},
-    {"method": "b", "score": "", "flags": given},
+    {"method": "a, really", "score": "0.1", "plateau_data": "", "flags": given},
+    {"method": "b", "score": "", "plateau_data": "meta", "flags": given},
   ]
 
 
