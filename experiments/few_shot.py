@@ -60,7 +60,7 @@ _CLASSES = {"omniglot": (140, 30, 20, 52), "digits": (4, 2, 2, 2)}
 _SHARES = (0.6, 0.15, 0.05)
 # Largest number of images that are taken from another data set for OOD tasks (not from
 # omniglot, which has 20 images per class): about 500 per class of MNIST.
-_NUM_FOREIGN = 5000
+_NUM_OOD = 5000
 # Names of the results of `weights_of`: mean weights of parts of the training tasks.
 WEIGHTS = ("in_distribution_weight", "ood_weight", "right_weight", "wrong_weight")
 
@@ -253,9 +253,9 @@ def ood_source(
     )
   elif settings.ood == "digits" or own_data.is_own(settings.ood):
     # These have no slices of splits.
-    source = runner.first_images(settings.load("train", settings.ood), _NUM_FOREIGN)
+    source = runner.first_images(settings.load("train", settings.ood), _NUM_OOD)
   else:
-    source = settings.load(f"train[:{_NUM_FOREIGN}]", settings.ood)
+    source = settings.load(f"train[:{_NUM_OOD}]", settings.ood)
   _, size, _, channels = train.images.shape
   if source.images.ndim != 4 or source.images.dtype != np.uint8:
     raise base.InputError(f"--ood={settings.ood} has no uint8 images [N, H, W, C].")
