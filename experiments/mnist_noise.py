@@ -52,8 +52,8 @@ class Preset:
 
   Attributes that differ from the flag of that name, or have none:
     optimizer: optimizer of every method except those of `by_method`.
-    watches_meta: whether --plateau watches the clean images for the methods that learn
-      weights from them.
+    watches_meta: whether --plateau watches the clean images for l2rw and the methods
+      that learn a weighting network.
     lookahead_learning_rate: learning rate of the look-ahead SGD step; None means that
       of the optimizer. A learning rate for Adam does not suit SGD: at 1e-3, the
       updates of Meta-Weight-Net's weighting network are a hundredth of those in its
