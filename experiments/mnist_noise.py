@@ -162,6 +162,7 @@ class Settings(
     " label noise, or the clean ones. The default is validation and, with"
     " --preset=bare, meta for l2rw and the methods that learn a weighting network.",
     choices=["validation", "meta"],
+    recorded_with="plateau_data",
   )
   pixels: str = data_flag(
     "unit", "Scale of the pixels: 0 to 1, or 0 to 255.", choices=PIXELS

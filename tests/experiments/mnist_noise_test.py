@@ -118,6 +118,8 @@ def test_methods_that_learn_weights_use_all_clean_images_with_preset_bare():
     cell = script.make_cell(settings, name, 0.5, splits, split)
     assert cell.config.meta_batch_size == 50
     assert cell.optimizer.plateau_steps and cell.optimizer.plateau_data == watched
+  # Folders of versions without the flag can be continued.
+  assert "plateau_data" not in settings.record()
 
 
 def test_a_schedule_replaces_the_plateau_of_a_preset():
