@@ -379,7 +379,8 @@ class Plan:
     self.steps: list[Step | Loop | Recomputed] = []
     self._recompute = recompute
     self.consts: Places = []  # Empty unless this plan is a loop's body.
-    self.known: dict[int, Any] = {}  # Values that are numbers, not tracers.
+    # Values that are numbers, not tracers; None if that was tried in vain.
+    self.known: dict[int, Any] = {}
     self._names = names
     self._outer = outer
     self._size = 0
@@ -546,8 +547,10 @@ class Plan:
     if value.kind != Kind.CONSTANT or not is_integer:
       return None
     known = self.known.get(value.place, value.literal)
-    if known is None and value.place in producers:
+    if value.place in producers and value.place not in self.known:
       step = producers[value.place]
+      # Unknown values are stored, too: paths to one may be exponentially many.
+      self.known |= dict.fromkeys(step.outputs)
       inputs = [self._number(x, producers) for x in step.inputs]
       if step.eqn.effects or any(x is None for x in inputs):
         return None

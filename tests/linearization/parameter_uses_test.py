@@ -82,3 +82,27 @@ def test_an_error_names_params_if_they_are_a_single_array():
     parameter_uses.trace(
       lambda p, x: (jnp.cumsum(x * p[0]), 0), [jnp.ones(())], jnp.ones(3), [""]
     )
+
+
+def test_the_cost_of_unknown_indices_does_not_grow_with_the_number_of_paths(
+  monkeypatch,
+):
+  calls = []
+  number = parameter_uses.Plan._number
+
+  def counted(*args):
+    calls.append(args)
+    return number(*args)
+
+  def losses_fn(params, batch):
+    t = batch["temperature"].astype(jnp.int32)  # Not known: an entry of the batch.
+    for _ in range(6):  # A hash, in which each line reads `t` twice.
+      t = t ^ (t << 13)
+      t = t ^ (t >> 17)
+    rows = batch["x"][jnp.stack([t, t]) % _B]
+    return (batch["x"] @ params[0])[:, 0] + rows.sum(), None
+
+  monkeypatch.setattr(parameter_uses.Plan, "_number", counted)
+  with pytest.raises(parameter_uses.NotLayerwiseError, match="gather"):
+    _trace(losses_fn)
+  assert 10 < len(calls) < 200
