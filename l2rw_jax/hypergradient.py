@@ -174,6 +174,15 @@ def lookahead_params(
   """
   value = jnp.zeros(()) if value is None else value
   updates, _ = update(optimizer, gradient, opt_state, params, value, "look-ahead")
+  return apply_updates(params, updates)
+
+
+def apply_updates(params: base.PyTree, updates: base.PyTree) -> base.PyTree:
+  """`params` plus `updates`; leaves that cannot be trained are held fixed.
+
+  Optimizers have updates for all leaves: weight decay would change integers, and typed
+  PRNG keys cannot be added to anything.
+  """
   partition = trainable.Partition(params)
   leaves, updates = partition.leaves(params), partition.leaves(updates)
   with base.implicit_promotion():

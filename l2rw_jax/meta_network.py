@@ -130,10 +130,8 @@ def update(
     updates, opt_state = hypergradient.update(
       optimizer, meta.gradient, state.opt_state, state.params, loss, "meta"
     )
-    with base.implicit_promotion():
-      params = optax.apply_updates(state.params, updates)
     return State(
-      params,
+      hypergradient.apply_updates(state.params, updates),
       opt_state,
       loss,
       meta.finite,

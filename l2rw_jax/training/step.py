@@ -9,6 +9,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import hypergradient
+from l2rw_jax.linearization import trainable
 
 
 class Failure(NamedTuple):
@@ -129,8 +130,7 @@ def train_step(
   updates, opt_state = hypergradient.update(
     optimizer, result.grads, state.opt_state, state.params, value, "outer"
   )
-  with base.implicit_promotion():
-    params = optax.apply_updates(state.params, updates)
+  params = hypergradient.apply_updates(state.params, updates)
   if result.fixed is not None:
     params = jax.tree.map(jnp.where, *result.fixed, params)
   proposed = TrainState(
@@ -186,12 +186,13 @@ def _metrics(result: base.Gradients, problem: base.Problem) -> dict[str, Any]:
   weights, losses = _widened(result.weights), _widened(result.losses)
   total = base.psum(jnp.sum(weights), problem.axis_name)
   squares = base.psum(jnp.sum(weights**2), problem.axis_name)
+  gradient = jax.tree.map(_widened, trainable.without_keys(result.grads))
   return {
     "loss": base.pmean(jnp.mean(losses), problem.axis_name),
     "weighted_loss": base.psum(jnp.sum(weights * losses), problem.axis_name),
     # Kish's effective sample size, as a share of the batch.
     "effective_share": total**2 / jnp.where(squares > 0, squares, 1) / size,
-    "grad_norm": optax.tree.norm(jax.tree.map(_widened, result.grads)),
+    "grad_norm": optax.tree.norm(gradient),
     **result.metrics,
   }
 

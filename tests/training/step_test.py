@@ -128,6 +128,22 @@ def test_complex_parameters_descend():
   np.testing.assert_allclose(state.params["p"], 0.2j * _X.mean(0), rtol=1e-6)
 
 
+def test_parameters_that_cannot_be_trained_are_held_fixed():
+  key = jax.random.key(5)
+  params = {"p": jnp.array([1.0, -2.0]), "size": jnp.array(3), "key": key}
+  optimizer = optax.adamw(0.1, weight_decay=0.5)
+  model_state = {"largest": jnp.array(-5.0)}
+  state = step_lib.init_state(params, model_state, (), optimizer)
+  state, _ = step_lib.train_step(
+    *(state, _GOOD, None, jax.random.key(0)),
+    problem=_problem(),
+    method=_UNIFORM,
+    optimizer=optimizer,
+  )
+  assert not jnp.array_equal(state.params["p"], params["p"])
+  assert state.params["size"] == 3 and state.params["key"] == key
+
+
 def _weighted(weights):
   def gradients(state, problem, inputs):
     return weighted_update.weighted_gradients(
