@@ -1181,6 +1181,7 @@ _OTHER_FUNCTIONS = {
   "group_objectives.check_groups": _CHECK,
   "hypergradient.check_network_gradient": _CHECK,
   "hypergradient.after_direction": _INSIDE,
+  "hypergradient.apply_updates": _INSIDE,
   "hypergradient.batch_after": _INSIDE,
   "hypergradient.init_optimizer": _INSIDE,
   "hypergradient.known_vector": _INSIDE,
