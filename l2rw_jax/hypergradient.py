@@ -688,25 +688,26 @@ def _state(gradient, vector, value_slope) -> base.Array:
       small.setdefault(key, []).append((g.reshape(-1), v.reshape(-1)))
   for pairs in small.values():
     large.append(tuple(jnp.concatenate(arrays) for arrays in zip(*pairs, strict=True)))
-  states = [_state_of_array(g, v) for g, v in large]
+  # A state for every entry would be one more array of the size of the parameters.
+  maxima = [(_largest(g), _largest(v)) for g, v in large or [(jnp.zeros(1),) * 2]]
+  g, v = (jnp.stack(numbers) for numbers in zip(*maxima, strict=True))
+  states = jnp.where(v == 0, jnp.where(g == 0, _State.ZERO, _State.IGNORED), _State.USED)
+  states = jnp.where(jnp.isinf(v), _State.INFINITE, states)
+  states = jnp.where(jnp.isnan(v), _State.NAN, states)
+  states = jnp.where(jnp.isfinite(g), states, _State.BAD_GRADIENT).astype(jnp.int32)
   if value_slope is not None:
     # A slope that is not 0 does not show that the gradient is used.
     fault = jnp.where(jnp.isnan(value_slope), _State.NAN, _State.INFINITE)
     is_finite = jnp.isfinite(value_slope)
-    states.append(jnp.where(is_finite, _State.ZERO, fault).astype(jnp.int32))
+    of_slope = jnp.where(is_finite, _State.ZERO, fault).astype(jnp.int32)
+    states = jnp.append(states, of_slope)
   # The maximum, as the last element of a sort, for the reason in `base.max_abs`.
-  return jnp.sort(jnp.stack(states or [jnp.zeros((), jnp.int32)]))[-1]
+  return jnp.sort(states)[-1]
 
 
 @jax.jit  # It is traced once for all arrays of a shape.
-def _state_of_array(gradient, vector):
-  """The `_State` of two arrays of the same shape, int32 scalar."""
-  # Reduce first: a state for every entry would be one more array of this size.
-  g, v = jnp.max(jnp.abs(gradient)), jnp.max(jnp.abs(vector))
-  state = jnp.where(v == 0, jnp.where(g == 0, _State.ZERO, _State.IGNORED), _State.USED)
-  state = jnp.where(jnp.isinf(v), _State.INFINITE, state)
-  state = jnp.where(jnp.isnan(v), _State.NAN, state)
-  return jnp.where(jnp.isfinite(g), state, _State.BAD_GRADIENT).astype(jnp.int32)
+def _largest(x):
+  return jnp.max(jnp.abs(x)).astype(jnp.result_type(float))
 
 
 def _check_finite(losses, loss, state, axis_name) -> base.Array:
