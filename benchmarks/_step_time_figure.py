@@ -182,6 +182,7 @@ def _vertical_bars(ax, rows, networks, name):
     ax.bar_label(bars, ["" if np.isnan(h) else f"{h:.1f}" for h in heights], fontsize=6)
   ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
   ax.set_xlim(-0.6, len(networks) - 0.4)
+  ax.margins(y=0.1)
   ax.set_xticks(range(len(networks)), networks, rotation=20, ha="right", fontsize=8)
 
 

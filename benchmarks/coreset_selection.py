@@ -351,8 +351,11 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   figure, ax = plt.subplots(figsize=(7, 0.8 + 0.45 * len(rows)))
   names = [f"{r['method']} ({r['num_examples']:,} examples)" for r in rows]
   bars = ax.barh(names, [r["epochs"] for r in rows])
-  ax.bar_label(bars, [f" {r['epochs']:.2f} ({r['seconds']:.2f} s)" for r in rows])
-  ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
+  labels = [f"{r['epochs']:.2f} ({r['seconds']:.2f} s)" for r in rows]
+  # The background hides the line behind a label.
+  background = {"facecolor": "white", "linewidth": 0, "pad": 1}
+  ax.bar_label(bars, labels, padding=4, bbox=background)
+  ax.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=0)
   ax.invert_yaxis()
   ax.margins(x=0.28)
   ax.set_xlabel(

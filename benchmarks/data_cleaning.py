@@ -422,7 +422,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
       ax.set_title(f"{rows[0]['dataset']}, p = {share:g}", fontsize=10)
       ax.set_xlabel("CPU seconds of training")
       ax.grid(linewidth=0.4)
-    axes[0, 0].set_ylabel("test error (%)")
+    axes[0, 0].set_ylabel("test error (%), a line for each seed")
     figures.legend_beside(axes[0, -1])
 
 

@@ -444,7 +444,7 @@ def draw(
         if chosen:
           _draw_curve(ax, chosen, method, color)
       lowest = min(rows[i]["accuracy_percent"] for i in numbers)
-      ax.set_ylim(bottom=max(0, lowest - 8))
+      ax.set_ylim(bottom=max(ax.get_ylim()[0], lowest - 8))
       ax.set_xscale("log")
       figures.few_log_ticks(ax)
       tail = rows[0].get("imbalance") or 1
@@ -452,7 +452,7 @@ def draw(
       title += f", imbalance {tail:g}" if tail != 1 else ""
       ax.set_title(title, fontsize=10)
       ax.set_xlabel("seconds of training and selecting")
-      ax.set_ylabel("test accuracy (%)")
+      ax.set_ylabel("test accuracy (%), mean and range")
       ax.grid(linewidth=0.3)
     figures.legend_beside(axes[0, -1])
 

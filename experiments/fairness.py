@@ -416,10 +416,12 @@ def _draw_curves(axes: Any, whole: runner.Rows, rows: runner.Rows) -> None:
     for kept, color in (("top", "C3"), ("random", "C0")):
       means = [np.mean([r[column] for r in by_cell[kept, p]]) for p in percents]
       axes.plot(percents, means, f"{color}{line}", label=f"{kept}: {heading}")
+      runs = [(p, r[column]) for p in percents for r in by_cell[kept, p]]
+      axes.plot(*zip(*runs, strict=True), f"{color}.", markersize=4, alpha=0.6)
     uniform = [r[column] for r in whole if r["method"] == "uniform"]
     if uniform:
       axes.axhline(np.mean(uniform), color="black", linestyle=line[1:], linewidth=0.8)
-  axes.set_xlabel("% of the training set kept (black: uniform on all)")
+  axes.set_xlabel("% of the training set kept (small dots: seeds; black: all images)")
   axes.set_title(f"uniform on a part, top by {rows[0]['method']} weight")
   axes.set_ylim(0, 100)
   axes.legend(fontsize=7, loc="lower right")

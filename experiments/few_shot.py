@@ -462,7 +462,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   kind = {"none": "OOD"}.get(rows[0]["ood"], rows[0]["ood"])
   shares = sorted({r["ood_share"] for r in rows})
   by_method = report.grouped(rows, "method")
-  accuracy, weight = "accuracy %, 95% interval; dots: seeds", "mean weight at the end"
+  accuracy, weight = "accuracy % (± over tasks; dots: seeds)", "mean weight at the end"
   ways, shots, noise = (rows[0][k] for k in ("num_ways", "num_shots", "noise_share"))
   title = f"{rows[0]['dataset']}, {ways}-way {shots}-shot"
   title += f", {noise:.0%} of the labels redrawn" if noise else ""

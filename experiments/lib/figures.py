@@ -158,15 +158,22 @@ def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) 
 
 
 # How a title shows these settings; it shows all others as they are.
-_FACTS = {"preset": "preset {}", "fraction": "fraction {:g}", "num_steps": "{:,} steps"}
+_FACTS = {
+  "preset": "preset {}",
+  "pixels": "{} pixels",
+  "initialization": "{} initialization",
+  "fraction": "fraction {:g}",
+  "num_steps": "{:,} steps",
+}
 
 
 def setting_title(row: Row, columns: Sequence[str]) -> str:
-  """The settings of a row, as the two lines of a title.
+  """The settings of a row, as the lines of a title.
 
-  The second line has `columns`. The first line has the data set, the network and the
+  The last line has `columns`. The first line has the data set, the network and the
   preset, except those that are in `columns`. It also has the learning-rate schedule if
-  a flag selects the schedule, or if the schedule is a cosine.
+  a flag selects the schedule, or if it is a cosine or follows a plateau. A line between
+  them has the range of the pixels and the initial parameters, if the row has them.
   """
 
   def facts(names):
@@ -177,10 +184,12 @@ def setting_title(row: Row, columns: Sequence[str]) -> str:
     ]
 
   shared = facts(n for n in ("dataset", "network", "preset") if n not in columns)
-  schedule = row.get("schedule") or ("cosine" if row.get("cosine") else None)
+  implied = [k for k in ("cosine", "plateau_steps") if row.get(k)]
+  schedule = row.get("schedule") or next(iter(implied), None)
   if schedule is not None:
-    shared.append(f"{schedule} learning rate")
-  return f"{', '.join(shared)}\n{', '.join(facts(columns))}"
+    shared.append(f"{schedule.removesuffix('_steps')} learning rate")
+  inputs = facts(n for n in ("pixels", "initialization") if n not in columns)
+  return "\n".join(", ".join(line) for line in (shared, inputs, facts(columns)) if line)
 
 
 def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:

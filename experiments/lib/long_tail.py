@@ -312,12 +312,12 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
 
   figures.panels(
     rows,
-    ("dataset", "builder", "shape", "imbalance"),
+    ("dataset", "builder", "shape", "imbalance", "num_epochs"),
     path,
     draw_method=_draw_method,
     add_legend_entries=add_legend_entries,
-    title=lambda dataset, builder, shape, imbalance: (
-      f"{dataset}, {shape} {imbalance:g} ({builder})"
+    title=lambda dataset, builder, shape, imbalance, num_epochs: (
+      f"{dataset}, {shape} ({builder}), imbalance {imbalance:g}, {num_epochs} epochs"
     ),
   )
 

@@ -18,6 +18,12 @@ _ROW = {"dataset": "cifar10", "network": "mlp", "preset": "p", "fraction": 0.5}
       "cifar10, mlp, preset p, cosine learning rate\n2,000 steps",
     ),
     (
+      {"pixels": "raw", "initialization": "flax", "plateau_steps": 3},
+      ["fraction"],
+      "cifar10, mlp, preset p, plateau learning rate\n"
+      "raw pixels, flax initialization\nfraction 0.5",
+    ),
+    (
       {"schedule": "constant", "preset": None},
       ["fraction"],
       "cifar10, mlp, constant learning rate\nfraction 0.5",
