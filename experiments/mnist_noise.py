@@ -199,6 +199,7 @@ class Settings(
 
 # The setting of BARE's table.
 _PROTOCOL = {"dataset": "mnist", "network": "mlp", "preset": "bare", "pixels": "raw"}
+_PUBLISHED_INITIALIZATION = "pytorch"
 TABLE = table.Layout(
   name="mnist_noise",
   title="MNIST with wrong labels",
@@ -220,7 +221,7 @@ TABLE = table.Layout(
   },
   keys=("noise", "fraction"),
   published=published.MNIST_NOISE_SOURCE,
-  protocol=_PROTOCOL,
+  protocol=_PROTOCOL | {"initialization": _PUBLISHED_INITIALIZATION},
 )
 BARE_TABLE = dataclasses.replace(
   TABLE,
@@ -346,10 +347,11 @@ def make_cell(
 def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, Any]:
   """The row of a run in `results.csv`."""
   numbers: tuple[float | None, float | None] = (None, None)
-  # The published value depends on the noise. The initial parameters may differ, because
-  # they have a column in the table.
+  # The published value depends on the noise. The flag of the initial parameters may be
+  # given or not, as long as they are those of the released code.
   exempt = ("noise", "noise_fraction", "initialization")
-  if settings.follows(_PROTOCOL, cell.method_name, exempt):
+  is_published = settings.initial_distribution == _PUBLISHED_INITIALIZATION
+  if is_published and settings.follows(_PROTOCOL, cell.method_name, exempt):
     key = (cell.facts["noise"], cell.facts["fraction"])
     numbers = published.MNIST_NOISE.get(key, {}).get(cell.method_name, numbers)
   if settings.trusted_source is None:

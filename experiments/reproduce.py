@@ -262,7 +262,11 @@ def _bare() -> Iterator[Cell]:
       yield _cell(
         *("mnist_noise", "bare", noise, f"{fraction:g}", method),
         paper="bare",
-        facts={"dataset": "mnist", **shared, "fraction": fraction},
+        facts={
+          **{"dataset": "mnist", "initialization": preset.initialization},
+          **shared,
+          "fraction": fraction,
+        },
         settings={**shared, "noise_fraction": (fraction,)},
         published=accuracy,
         spread=spread,

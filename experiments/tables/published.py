@@ -23,7 +23,7 @@ MNIST_IMBALANCE = {
 MNIST_NOISE_SOURCE = (
   "Published: Patel and Sastry (2023, BARE), MNIST table, read from a secondary source;"
   " their ± is a standard deviation. Shown only for their 200 epochs (preset bare), and"
-  " the raw pixels of the released code, which has PyTorch's initial parameters."
+  " the raw pixels and PyTorch's initial parameters of the released code."
 )
 # Maps a builder and noise rate, and a method, to the test accuracy in % after the last
 # epoch and its "±".

@@ -59,7 +59,8 @@ PUBLISHED = {
   # The committed runs of mnist_noise have another schedule than the paper.
   "mnist_noise_bare": lambda method, setting: (
     published.MNIST_NOISE.get((setting["noise"], setting["fraction"]), {}).get(method)
-    if (setting["preset"], setting["pixels"]) == ("bare", "raw")
+    if [setting[k] for k in ("preset", "pixels", "initialization")]
+    == ["bare", "raw", "pytorch"]
     else None
   ),
   "cifar_noise": lambda method, setting: published_cifar.lookup(

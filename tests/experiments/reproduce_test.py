@@ -60,6 +60,7 @@ _CHANGED = {
         {"pixels": "unit"},
         {"num_epochs": 1},
         {"plateau": False},
+        {"initialization": "flax"},
       ),
       *({"learning_rate": 1.0}, {"network": "lenet"}, {"bare_kappa": 2.0}),
     ],

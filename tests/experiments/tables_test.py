@@ -18,6 +18,7 @@ _NAME = "experiments.tables.__main__"
 _NOISE = {
   "dataset": "mnist",
   "pixels": "raw",
+  "initialization": "pytorch",
   "noise": "n",
   "fraction": 0.5,
   "method": "l2rw",
@@ -60,7 +61,8 @@ def results(tmp_path):
 def test_summary_has_measured_and_published_values():
   text = formats.summary(make("mnist_noise", _ROWS, preset="bare"))
   first, *_, last = text.splitlines()
-  assert first == "mnist, mlp, preset bare, raw pixels; mean ± 95% interval."
+  shared = "mnist, mlp, preset bare, raw pixels, pytorch initialization"
+  assert first == f"{shared}; mean ± 95% interval."
   header, *lines = scripts.table(text)
   assert header == [
     *("noise", "fraction", "method"),
@@ -90,7 +92,7 @@ def test_values_of_another_protocol_are_not_shown(changed):
 
 def test_the_short_form_has_a_column_per_setting():
   text = formats.compact(make("mnist_noise", _ROWS, preset="bare"))
-  shared = "mnist, mlp, preset bare, raw pixels, n"
+  shared = "mnist, mlp, preset bare, raw pixels, pytorch initialization, n"
   assert text.startswith(f"{shared}; 1 to 3 seeds; test accuracy %.\n")
   assert scripts.table(text) == [
     ["method", "fraction 0.5", "fraction 0.7"],
@@ -212,7 +214,8 @@ def test_long_form_has_a_line_for_each_number(results):
   assert set(lines[0]) == set(formats.LONG_FORM)
   first, single = lines[0], lines[3]
   assert first["setting"] == (
-    "dataset=mnist; network=mlp; preset=bare; pixels=raw; noise=n; fraction=0.5"
+    "dataset=mnist; network=mlp; preset=bare; pixels=raw; initialization=pytorch;"
+    " noise=n; fraction=0.5"
   )
   names = ("experiment", "method", "metric", "mean", "repeats", "published")
   expected = ["mnist_noise", "l2rw", "test accuracy %", "90", "3", "91.39"]
