@@ -30,8 +30,8 @@ def summary(table: table_lib.Table) -> str:
     header += ["published", "difference"] if table.has_published(i) else []
   rows = []
   for line in table.lines:
-    cells = [*(_plain(line.setting[name]) for name in columns), line.method]
-    cells = [_markdown(cell) for cell in cells]
+    cells = [_markdown(_plain(line.setting[name])) for name in columns]
+    cells.append(_name(table, line.method))
     for i in table.metrics():
       value = line.values[i]
       cells.append(_measured(value))
@@ -40,7 +40,7 @@ def summary(table: table_lib.Table) -> str:
   result = report.table([*header, f"{layout.repeat}s"], rows)
   shared = [_markdown(table.say_constant(but=columns)), "mean ± 95% interval"]
   above = "; ".join(part for part in shared if part)
-  return "\n\n".join([f"{above}.", result, _sources(table)])
+  return "\n\n".join([f"{above}.", result, _sources(table), *_note_on_tuning(table)])
 
 
 def compact(table: table_lib.Table) -> str:
@@ -48,9 +48,11 @@ def compact(table: table_lib.Table) -> str:
 
   Lines and columns are exchanged if there are more settings than methods. If there is
   one setting, there is a column for each of the first six metrics. Published values are
-  in parentheses. There are several tables if the layout is divided by a setting.
+  in parentheses. There are several tables if the layout is divided by a setting. A
+  mark distinguishes methods with a setting that was chosen by test accuracy.
   """
-  return "\n\n".join([*map(_compact, table.divided()), _source(table)])
+  below = [_source(table), *_note_on_tuning(table)]
+  return "\n\n".join([*map(_compact, table.divided()), *below])
 
 
 def _compact(table):
@@ -74,7 +76,7 @@ def _compact(table):
     for i in shown:
       value = line.values[i]
       published = "" if value.published is None else f" ({_published(value)})"
-      values = cells.setdefault(_markdown(line.method), {})
+      values = cells.setdefault(_name(table, line.method), {})
       values[key, i] = _measured(value) + published
   places = [(key, i) for key in settings for i in shown]
   rows = [[name, *(v.get(p, "") for p in places)] for name, v in cells.items()]
@@ -118,6 +120,18 @@ def _setting(table: table_lib.Table, line: table_lib.Line, names: Sequence[str])
 def _markdown(text: str) -> str:
   """Escapes text from a results file, so that Markdown shows it literally."""
   return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(text, quote=False))
+
+
+def _name(table: table_lib.Table, method: str) -> str:
+  """The name of a method, marked if a setting of it was chosen by test accuracy."""
+  return _markdown(method) + (" †" if table.tuned(method) else "")
+
+
+def _note_on_tuning(table: table_lib.Table) -> list[str]:
+  """The meaning of the marks of `_name`; empty if no method is marked."""
+  settings = [table.tuned(line.method) for line in table.lines]
+  chosen = dict.fromkeys(setting for setting in settings if setting)
+  return [f"† chosen by test accuracy: {'; '.join(chosen)}."] if chosen else []
 
 
 def _text(text: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
 import operator
+import re
 from typing import Any, NamedTuple
 
 from experiments.lib import report
@@ -134,11 +135,21 @@ class Table(NamedTuple):
     name: name of the experiment's folder.
     layout: layout of the table.
     lines: lines of the table, in the order of their first rows.
+    tuned_on_test: pairs of a pattern that matches names of methods and of the setting
+      of these methods that was chosen by test accuracy. The names are marked.
   """
 
   name: str
   layout: Layout
   lines: list[Line]
+  tuned_on_test: Sequence[tuple[str, str]] = ()
+
+  def tuned(self, method: str) -> str | None:
+    """The setting of a method that was chosen by test accuracy, or None."""
+    for pattern, setting in self.tuned_on_test:
+      if re.fullmatch(pattern, method):
+        return setting
+    return None
 
   def divided(self) -> list["Table"]:
     """A table for each combination of the settings `layout.divided_by`."""

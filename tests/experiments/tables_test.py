@@ -58,6 +58,20 @@ def results(tmp_path):
   return tmp_path / "results"
 
 
+def test_methods_that_were_tuned_on_the_test_set_are_marked():
+  tuned = [("bare|x", "its rate"), ("advisor", "its rate"), (".*w", "the decay")]
+  table = make("mnist_noise", _ROWS, preset="bare")
+  note = "† chosen by test accuracy: the decay; its rate."
+  for form in (formats.summary, formats.compact):
+    assert "†" not in form(table)
+    text = form(table._replace(tuned_on_test=tuned))
+    assert text.endswith(f"\n\n{note}")
+    for method in ("l2rw", "bare", "advisor"):
+      assert f"| {method} †" in text
+    one = form(table._replace(tuned_on_test=tuned[:1]))
+    assert "| bare † " in one and one.count("†") == 2
+
+
 def test_summary_has_measured_and_published_values():
   text = formats.summary(make("mnist_noise", _ROWS, preset="bare"))
   first, *_, last = text.splitlines()
