@@ -349,8 +349,7 @@ def draw(rows: runner.Rows, path: pathlib.Path, label: str) -> None:
       for ax in axes.flat
       for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
     }
-    steps, seeds = rows[0]["num_steps"], len({row["seed"] for row in rows})
-    title = f"{steps:,} steps; mean and 95% interval; number of seeds: {seeds}"
+    title = f"mean and 95% interval; seeds: {len({row['seed'] for row in rows})}"
     drawn.suptitle(title, fontsize=11, y=0.95)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": 3}
     drawn.legend(legend.values(), legend, frameon=False, **below)
