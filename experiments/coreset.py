@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import pathlib
-import time
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,6 @@ TARGETS = (80, 90, 95, 97)
 # Methods are compared at these shares of the seconds of the shortest run with the same
 # model and seed.
 _SHARES = {"quarter": 0.25, "half": 0.5, "equal": 1.0}
-_SELECTIONS = "selections.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,33 +304,11 @@ def train(
       runner.train(
         settings, dataclasses.replace(cell, config=short, folder=""), scratch
       )
-  method = timed(cell.method, run_folder)
-  (result,) = runner.train(settings, dataclasses.replace(cell, method=method), folder)
+  (result,) = runner.train(settings, cell, folder)
   (split,) = cell.splits((seed,))
   facts = {"dataset": settings.dataset, "imbalance": settings.imbalance}
   facts |= {**cell.facts, "num_train": len(split.train.label)}
   return make_row(facts, run_folder, result) | settings.probe_columns(result.metrics)
-
-
-def timed(method: base.Method, folder: pathlib.Path) -> base.Method:
-  """The method, changed to also record the seconds of each selection in a file."""
-  if method.refresh is base.keep_state:
-    return method
-  path = folder / _SELECTIONS
-
-  def refresh(state, problem, view):
-    started = time.perf_counter()
-    refreshed = method.refresh(state, problem, view)
-    if refreshed is state:  # The subset is kept.
-      return state
-    seconds = workdir_lib.read_record(path) if path.exists() else {}
-    # Seconds are stored by epoch, because an interrupted run repeats a selection.
-    seconds[str(view.epoch)] = time.perf_counter() - started
-    path.parent.mkdir(parents=True, exist_ok=True)
-    workdir_lib.write_record(path, seconds)
-    return refreshed
-
-  return method._replace(refresh=refresh)
 
 
 def make_row(
@@ -348,15 +324,14 @@ def make_row(
   metrics = result.metrics
   curve = curves_lib.read(folder, metrics["seed"], "accuracy")
   curve = curve._replace(values=100 * curve.values)
-  selections = folder / _SELECTIONS
-  spent = workdir_lib.read_record(selections) if selections.exists() else {}
+  selections = curves_lib.refresh_seconds(folder)
   return {
     **facts,
     "accuracy_percent": 100 * metrics["last"]["accuracy"],
     "balanced_percent": 100 * metrics["last"]["balanced_accuracy"],
     "seconds": float(curve.seconds[-1]),
-    "num_selections": len(spent),
-    "selection_seconds": float(sum(spent.values())),
+    "num_selections": len(selections),
+    "selection_seconds": sum(selections),
     **{f"seconds_to_{target}": curve.reaches(target) for target in TARGETS},
     **report.run_fields(metrics),
     "curve": curve,

@@ -8,6 +8,7 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax.io import metric_writer
 from l2rw_jax.io import workdir as workdir_lib
+from l2rw_jax.training import callbacks
 
 
 class Curve(NamedTuple):
@@ -50,10 +51,10 @@ def read(folder: pathlib.Path, seed: int, name: str) -> Curve:
     InputError: a file of the run is missing or damaged, or the seconds of the first
       steps are unknown.
   """
-  timing = workdir_lib.read_record(folder / "timing.json")
+  timing = workdir_lib.read_record(folder / callbacks.TIMING)
   if timing["untimed_steps"]:
     raise base.InputError(
-      f"{folder / 'timing.json'} was missing, damaged or of another version when the"
+      f"{folder / callbacks.TIMING} was missing, damaged or of another version when the"
       f" run was resumed, so the seconds of the first {timing['untimed_steps']} steps"
       f" are unknown. Delete {folder} to train again."
     )
@@ -64,3 +65,21 @@ def read(folder: pathlib.Path, seed: int, name: str) -> Curve:
   }
   steps, seconds = (np.array(x) for x in zip(*timing["evaluations"], strict=True))
   return Curve(steps, seconds, np.array([measured[step] for step in steps.tolist()]))
+
+
+def refresh_seconds(folder: pathlib.Path) -> list[float]:
+  """The seconds of every refresh that changed the state of the method, in order.
+
+  Args:
+    folder: folder with the `timing.json` of a finished run.
+
+  Raises:
+    InputError: the file is missing or damaged, or another version wrote it.
+  """
+  timing = workdir_lib.read_record(folder / callbacks.TIMING)
+  if "refreshes" not in timing:
+    raise base.InputError(
+      f"{folder / callbacks.TIMING} has no refreshes: another version wrote it. Delete"
+      f" {folder} to train again."
+    )
+  return [float(seconds) for _, seconds in timing["refreshes"]]

@@ -315,7 +315,10 @@ class Run:
           train=examples_lib.as_batch(self.splits[run].train),
           rng=sampling.generator(seed, "refresh", epoch),
         )
+        start = time.perf_counter()
         states[run] = self.method.refresh(state.method_state, problem, view)
+        if states[run] is not state.method_state:
+          self.timer.note_refresh(self.step, time.perf_counter() - start)
     # Every process computes the same state; some methods divide a pass over the
     # training set among the processes (`inference.map_batches`). All processes continue
     # with the state of the first one, because hosts may round differently.

@@ -28,6 +28,7 @@ class Timer:
     seconds: float = 0.0,
     evaluations: Sequence[tuple[int, float]] = (),
     untimed_steps: int = 0,
+    refreshes: Sequence[tuple[int, float]] = (),
   ):
     """Creates a stopped timer.
 
@@ -35,11 +36,14 @@ class Timer:
       seconds: seconds of training so far.
       evaluations: (step, seconds) at each evaluation so far.
       untimed_steps: number of steps so far whose time is unknown.
+      refreshes: the step before which each refresh so far changed the state of the
+        method, and the seconds that it took.
     """
     self._untimed_steps = untimed_steps
     self._seconds = seconds
     self._started: float | None = None
     self._evaluations = list(evaluations)
+    self._refreshes = list(refreshes)
     self._saved: dict[str, float] = {}
 
   @classmethod
@@ -62,7 +66,8 @@ class Timer:
     except base.InputError as error:
       logging.warning("%s The first %d steps count as 0 seconds.", error, step)
       return cls(untimed_steps=step)
-    missing = {"evaluations", "saved", "untimed_steps"} - record.keys()
+    needed = {"evaluations", "refreshes", "saved", "untimed_steps"}
+    missing = needed - record.keys()
     if missing:
       logging.warning(
         "%s has no %s: another version wrote it. The first %d steps count as 0"
@@ -73,7 +78,9 @@ class Timer:
     earlier = [(at, seconds) for at, seconds in record["evaluations"] if at <= step]
     last = earlier[-1][1] if earlier else 0.0
     seconds = record["saved"].get(str(step), last)
-    timer = cls(seconds, earlier, record["untimed_steps"])
+    # The refresh before `step` itself comes after the checkpoint and is repeated.
+    refreshes = [(at, seconds) for at, seconds in record["refreshes"] if at < step]
+    timer = cls(seconds, earlier, record["untimed_steps"], refreshes)
     # Checkpoints of earlier steps may still exist, and the newest may be damaged.
     kept = [(at, s) for at, s in record["saved"].items() if int(at) <= step]
     timer._saved = dict(sorted(kept, key=lambda item: int(item[0])))
@@ -100,6 +107,7 @@ class Timer:
         "steps": step,
         "untimed_steps": self._untimed_steps,
         "evaluations": self._evaluations,
+        "refreshes": self._refreshes,
         "saved": dict(list(self._saved.items())[-_SAVED:]),
         **(facts or {}),
       },
@@ -130,3 +138,7 @@ class Timer:
   def note(self, step: int) -> None:
     """Records the seconds at which `step` is evaluated."""
     self._evaluations.append((step, self.read()))
+
+  def note_refresh(self, step: int, seconds: float) -> None:
+    """Records the seconds of a refresh that changed the state before `step`."""
+    self._refreshes.append((step, seconds))

@@ -1,7 +1,6 @@
 """The coreset experiment on digits: curves, accuracy at equal times, errors."""
 
 import csv
-import types
 
 import numpy as np
 import pytest
@@ -9,9 +8,6 @@ import scripts
 
 from experiments import coreset as script
 from experiments.lib import curves
-from l2rw_jax.io import workdir
-from l2rw_jax.methods import adacore
-from l2rw_jax.methods import baselines
 
 _NAME = "coreset"
 _SMALL = (
@@ -148,36 +144,6 @@ def test_the_curve_of_full_is_in_every_panel():
   result = script.panels(rows)
   assert result == {("mlp", 0.1): [0, 1], ("mlp", 0.3): [0, 2]}
   assert script.panels(rows[:1]) == {("mlp", 1.0): [0]}
-
-
-def test_selections_are_timed_by_epoch(tmp_path, monkeypatch):
-  times = iter([0.0, 3.0, 10.0, 12.0])
-  clock = types.SimpleNamespace(perf_counter=lambda: next(times))
-  monkeypatch.setattr(script, "time", clock)
-
-  class View:
-    epoch = 3
-
-  def refresh(state, problem, view):
-    return state + 1
-
-  method = adacore.random_subset(0.5)._replace(refresh=refresh)
-  timed = script.timed(method, tmp_path / "run")
-  assert timed.refresh(1, None, View) == 2
-  timed.refresh(1, None, View)  # As after an interruption: not counted twice.
-  assert workdir.read_record(tmp_path / "run" / "selections.json") == {"3": 2.0}
-  uniform = baselines.uniform()
-  assert script.timed(uniform, tmp_path) is uniform
-
-
-def test_a_subset_that_is_kept_counts_as_one_selection(tmp_path):
-  method = script.timed(adacore.random_subset(0.5, None), tmp_path)
-  problem = types.SimpleNamespace(num_examples=10)
-  state = method.init(None, problem, None)
-  for epoch in range(3):
-    view = types.SimpleNamespace(epoch=epoch, rng=np.random.default_rng(epoch))
-    state = method.refresh(state, problem, view)
-  assert list(workdir.read_record(tmp_path / "selections.json")) == ["0"]
 
 
 # -- mistakes ----------------------------------------------------------------

@@ -126,6 +126,11 @@ def test_interrupted_epoch_continues_in_the_same_order(
     np.testing.assert_array_equal(rows[0], _expected_rows(1, step))
   whole, run = (toy_runs.outcome(tmp_path / name) for name in ("whole", "run"))
   assert run == whole
+  timings = [
+    workdir.read_record(tmp_path / x / "timing.json") for x in ("whole", "run")
+  ]
+  starts = [0, _BATCHES, 2 * _BATCHES]
+  assert [[step for step, _ in t["refreshes"]] for t in timings] == [starts, starts]
 
 
 def test_new_epochs_compile_nothing(tmp_path, caplog, monkeypatch):

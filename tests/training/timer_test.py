@@ -41,6 +41,7 @@ def test_restored_timer_continues(advance, tmp_path):
   timer = timer_lib.Timer()
   timer.start()
   for step in (10, 20, 30):
+    timer.note_refresh(step - 10, 0.5)
     advance(2)
     timer.note(step)
     if step == 20:
@@ -48,6 +49,7 @@ def test_restored_timer_continues(advance, tmp_path):
   resumed = timer_lib.Timer.restore(path, 20)
   assert resumed.read() == 4
   resumed.start()
+  resumed.note_refresh(20, 0.25)
   advance(1)
   resumed.note(30)
   resumed.write(path, 30, {"steps_per_call": 2})
@@ -56,6 +58,7 @@ def test_restored_timer_continues(advance, tmp_path):
     "steps": 30,
     "untimed_steps": 0,
     "evaluations": [[10, 2], [20, 4], [30, 5]],
+    "refreshes": [[0, 0.5], [10, 0.5], [20, 0.25]],
     "saved": {"20": 4, "30": 5},
     "steps_per_call": 2,
   }
