@@ -1,4 +1,4 @@
-"""The floor plan: imports, flags, collectives, and errors that docstrings name."""
+"""The floor plan: imports, tests, flags, collectives, and errors in docstrings."""
 
 import ast
 import pathlib
@@ -72,6 +72,12 @@ def test_imports_only_from_lower_floors(path):
     room = pathlib.Path(other.removesuffix("/__init__.py")).parent
     in_reach = pathlib.Path(path).is_relative_to(room)
     assert floor(other) < number or (floor(other) == number and in_reach), other
+
+
+def test_every_file_of_the_library_has_a_test_file():
+  files = [pathlib.Path(f).relative_to("l2rw_jax") for f in FILES if "l2rw_jax/" in f]
+  tests = [f.with_name(f"{f.stem}_test.py") for f in files if f.name != "__init__.py"]
+  assert not [str(f) for f in tests if not (REPOSITORY / "tests" / f).exists()]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from experiments.lib import runner
 from l2rw_jax import base
 from l2rw_jax import processes
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 # Scripts that measure time, or that do not train runs for a table.
 _OTHERS = {f"experiments.{x}" for x in ("coreset", "find_label_issues")}
 _ADDRESS = {"coordinator_address": "localhost:1"}
