@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import hashlib
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -86,7 +88,7 @@ class Cell:
   @property
   def name(self) -> str:
     """Name of the cell in messages."""
-    return self.title or folder_name(self.facts, self.method_name)
+    return self.title or "-".join(_names(self.facts, self.method_name))
 
   def groups(self) -> Iterator[tuple[tuple[int, ...], pathlib.PurePath]]:
     """Yields each group of seeds that are trained side by side, and its folder."""
@@ -98,9 +100,23 @@ class Cell:
 
 
 def folder_name(facts: dict[str, Any], method_name: str) -> str:
-  """The name of a cell, for folders and messages."""
-  values = (str(value) for value in facts.values() if value is not None)
-  return "-".join([*values, method_name])
+  """The name of the folder of a cell, without slashes and braces.
+
+  A value with other characters than those of names and numbers, such as the path of a
+  user's data, is replaced by the end of the path and a checksum.
+  """
+  return "-".join(map(_in_path, _names(facts, method_name)))
+
+
+def _names(facts, method_name):
+  return [*(str(value) for value in facts.values() if value is not None), method_name]
+
+
+def _in_path(value):
+  if re.fullmatch(r"[\w.+-]+", value):
+    return value
+  end = re.sub(r"[^\w.+-]", "_", pathlib.PurePath(value).name)[-40:]
+  return f"{end}_{hashlib.sha256(value.encode()).hexdigest()[:8]}"
 
 
 def seeds_at_once(given: int | None, has_convolutions: bool) -> int | None:

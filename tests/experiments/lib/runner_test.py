@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import pathlib
 import shutil
 
 import jax
@@ -41,6 +42,23 @@ def _saved_mentor(path, curriculum, seed):
 def test_a_folder_continues_with_other_flags_that_save_memory(tmp_path):
   for flags in ({}, {"microbatch_size": 4}, {"mwn_recompute": True}):
     runner.open_folder(_Settings(**flags), "noise", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+  "dataset",
+  ["images:../../../a", "npz:/data/{a}.npz", "npz:/data/a.npz", "csv:b c.csv"],
+)
+def test_the_folder_of_a_users_data_is_inside_the_experiment(dataset):
+  name = runner.folder_name({"dataset": dataset, "fraction": 0.5, "none": None}, "l2rw")
+  assert name.endswith("-0.5-l2rw") and pathlib.PurePath(name).parts == (name,)
+  assert name.format(first=0) == name
+  other = runner.folder_name(
+    {"dataset": f"images:/x/{dataset}", "fraction": 0.5}, "l2rw"
+  )
+  assert other != name
+  assert runner.folder_name({"dataset": "mnist", "rate": 1e-5}, "l2rw") == (
+    "mnist-1e-05-l2rw"
+  )
 
 
 def test_processes_with_other_flags_that_save_memory_are_refused(tmp_path, monkeypatch):
