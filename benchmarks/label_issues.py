@@ -77,7 +77,10 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   """The flags of this benchmark."""
 
   datasets: tuple[str, ...] = flag(
-    DEFAULT, f"Data sets: any of {', '.join(EPOCHS)}.", group="data"
+    DEFAULT,
+    f"Data sets: any of {', '.join(EPOCHS)}.",
+    aliases=["dataset"],
+    group="data",
   )
   noises: tuple[str, ...] = flag(
     NOISES,

@@ -37,6 +37,7 @@ from experiments.lib import early_stopping
 from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import optimizers
+from experiments.lib import own_data
 from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
@@ -87,7 +88,10 @@ class Settings(runner.Settings):
   EXTENDABLE = ("datasets", "problems", "methods")
 
   datasets: tuple[str, ...] = data_flag(
-    ("mnist", "fashion_mnist"), "Data sets to train on."
+    ("mnist", "fashion_mnist"),
+    "Data sets, separated by commas: digits (needs no download), the names of image"
+    f" sets that TFDS has prepared in --data_dir, {own_data.HELP}.",
+    aliases=["dataset"],
   )
   problems: tuple[str, ...] = flag(
     tuple(PROBLEMS), "What is wrong with the training set.", choices=PROBLEMS
