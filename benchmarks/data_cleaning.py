@@ -423,7 +423,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
       ax.set_xlabel("CPU seconds of training")
       ax.grid(linewidth=0.4)
     axes[0, 0].set_ylabel("test error (%), a line for each seed")
-    figures.legend_beside(axes[0, -1])
+    figures.legend_at_right(axes[0, -1])
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:

@@ -16,7 +16,9 @@ Measured: results/cifar_long_tail, once it has been run. The main metric is the 
   accuracy after the last step.
 """
 
+from collections.abc import Mapping
 import dataclasses
+from typing import ClassVar
 
 from experiments.lib import launch
 from experiments.lib import long_tail
@@ -56,6 +58,12 @@ PRESETS = {
 @dataclasses.dataclass(frozen=True)
 class Settings(long_tail.Settings):
   """The flags of this script."""
+
+  UNSET: ClassVar[Mapping[str, str]] = {
+    "methods": ",".join(METHODS),
+    "seeds_at_once": "1",
+    "deferred": "the preset's",
+  }
 
   dataset: str = flag("cifar10")
   preset: str = flag("ldam", choices=PRESETS)

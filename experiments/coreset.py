@@ -429,7 +429,7 @@ def draw(
       ax.set_xlabel("seconds of training and selecting")
       ax.set_ylabel("test accuracy (%), mean and range")
       ax.grid(linewidth=0.3)
-    figures.legend_beside(axes[0, -1])
+    figures.legend_at_right(axes[0, -1])
 
 
 def _draw_curve(

@@ -405,7 +405,7 @@ def _draw_bars(axes: Any, rows: runner.Rows) -> None:
   axes.set_ylabel("mean and 95% interval; dots: seeds")
   axes.set_title(f"{rows[0]['dataset']}, groups: {rows[0]['groups']}")
   axes.set_ylim(0, 100)
-  figures.legend_beside(axes)
+  figures.legend_at_right(axes)
 
 
 def _draw_curves(axes: Any, whole: runner.Rows, rows: runner.Rows) -> None:

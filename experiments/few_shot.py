@@ -486,7 +486,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
       for ax in axes[0]:
         ax.set_xlabel(f"share of {kind} tasks")
         ax.set_xticks(shares)
-        figures.legend_beside(ax)
+        figures.legend_at_right(ax)
     figure.suptitle(title)
 
 

@@ -432,7 +432,7 @@ def draw_curves(
     right.set_ylabel("accuracy on wrong labels (%)")
     for ax in axes:
       ax.set_xlabel("epoch")
-    figures.legend_beside(figure, *left.get_legend_handles_labels())
+    figures.legend_at_right(figure, *left.get_legend_handles_labels())
     title = f"{chosen[0][0]['dataset']}, {highest:.0%} of the labels replaced"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()

@@ -235,7 +235,7 @@ def draw(
       axis.set_xlabel("loss")
     axes[0].set_ylabel("weight of an example")
     axes[0].set_ylim(-0.05, 1.05)
-    figures.legend_beside(axes[-1])
+    figures.legend_at_right(axes[-1])
     figure.suptitle(f"Mentor fitted to {mentor.curriculum} ({mentor.network.compat})")
 
 

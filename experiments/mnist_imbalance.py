@@ -260,7 +260,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
     axes.set_ylabel("test error (%), mean and 95% interval")
     axes.set_title(f"{rows[0]['dataset']}, 4 against 9, {rows[0]['protocol']} protocol")
     axes.set_ylim(0, min(axes.get_ylim()[1], 100))
-    figures.legend_beside(axes)
+    figures.legend_at_right(axes)
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:

@@ -14,7 +14,9 @@ Published: no comparable number.
 Measured: results/mnist_long_tail.
 """
 
+from collections.abc import Mapping
 import dataclasses
+from typing import ClassVar
 
 from experiments.lib import launch
 from experiments.lib import long_tail
@@ -47,6 +49,14 @@ PRESET = long_tail.Preset(
 @dataclasses.dataclass(frozen=True)
 class Settings(long_tail.Settings):
   """The flags of this script."""
+
+  UNSET: ClassVar[Mapping[str, str]] = {
+    **{k: str(v) for k, v in PRESET._asdict().items()},
+    **{k: str(v) for k, v in dataclasses.asdict(PRESET.optimizer).items()},
+    "schedule": "constant, with drops",
+    "methods": ",".join(METHODS),
+    "seeds_at_once": "1 for LeNet on CPU, and all otherwise",
+  }
 
   network: str = flag(
     "mlp",

@@ -128,7 +128,14 @@ class Settings(
   EXTENDABLE = ("noise_fraction", "methods", "mentor")
 
   dataset: str = flag("mnist")
-  preset: str = flag("shared", choices=PRESETS)
+  preset: str = flag(
+    "shared",
+    "Settings to start from; other flags override them one by one. shared: the same"
+    " Adam schedule for all methods. bare: the settings of BARE's table. own: for the"
+    " methods that learn weights, the optimizer of the image experiments in their"
+    " papers.",
+    choices=PRESETS,
+  )
   network: str = flag(
     "mlp",
     "Network to train: an MLP 784-256-10, or L2RW's LeNet.",

@@ -77,10 +77,10 @@ def panels(
     axes[0, 0].set_yticks(range(len(methods)), methods)
     axes[0, 0].invert_yaxis()
     add_legend_entries(axes[0, -1])
-    legend_beside(axes[0, -1])
+    legend_at_right(axes[0, -1])
 
 
-def legend_beside(axes: Any, *handles: Any) -> None:
+def legend_at_right(axes: Any, *handles: Any) -> None:
   """Draws the legend of axes, or of a figure, to their right."""
   axes.legend(
     *handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
@@ -243,7 +243,7 @@ def _draw_curves(cell: runner.Cell, folder: pathlib.Path, path: pathlib.Path) ->
     axes.set_ylim(0, 1)
     noise = f"{cell.facts['noise']} {cell.facts['fraction']}"
     axes.set_title(f"Meta-Weight-Net's weights, {noise}", fontsize=10)
-    legend_beside(axes)
+    legend_at_right(axes)
   return True
 
 

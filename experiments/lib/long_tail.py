@@ -15,7 +15,7 @@ from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
-from experiments.lib.settings import data_flag, flag
+from experiments.lib.settings import data_flag, flag, methods_flag, preset_flag
 from experiments.tables import published_cifar
 from experiments.tables import table
 from l2rw_jax import base
@@ -28,12 +28,6 @@ from l2rw_jax.training import evaluation
 from l2rw_jax.training import results as results_lib
 
 METHODS = tuple(registries.LONG_TAIL)
-_preset_flag = functools.partial(
-  flag,
-  None,
-  unset="that of --preset in cifar_long_tail, and that of PRESET in the source code in"
-  " mnist_long_tail",
-)
 _SHOTS = {f"{name}_percent": f"{name}-shot" for name in evaluation.SHOTS}
 _COLORS = {"many_percent": "C2", "medium_percent": "C1", "few_percent": "C3"}
 
@@ -42,17 +36,12 @@ _COLORS = {"many_percent": "C2", "medium_percent": "C1", "few_percent": "C3"}
 class Settings(
   registries.LongTailSettings, trusted.Settings, optimizers.Settings, runner.Settings
 ):
-  """The flags of both scripts."""
+  """The flags of both scripts; each has another `UNSET`."""
 
   EXTENDABLE = ("methods", "imbalance", "mentor")
 
   dataset: str = flag("mnist")
-  methods: tuple[str, ...] | None = flag(
-    None,
-    f"Methods to compare: any of {', '.join(METHODS)}. The default is uniform and"
-    " ldam_drw in cifar_long_tail, and METHODS in the source code in"
-    " mnist_long_tail.",
-  )
+  methods: tuple[str, ...] | None = methods_flag(None, METHODS)
   shape: str = data_flag(
     "exponential",
     "Shape of the tail: class sizes fall exponentially, or half of the classes are"
@@ -60,29 +49,27 @@ class Settings(
     choices=long_tail.SHAPES,
   )
   imbalance: tuple[float, ...] = flag((100.0,))
-  builder: str | None = _preset_flag(
+  builder: str | None = preset_flag(
     "Paper whose class sizes are used: ldam (meta images are those that the tail"
     " leaves over; a class with too few of them gives up training images) or mwn (meta"
     " images are removed before the tail is made).",
     choices=long_tail.BUILDERS,
     group="data",
   )
-  num_meta: int | None = _preset_flag("Number of clean meta images of each class.")
-  seeds_at_once: int | None = flag(
-    None, unset="1 in cifar_long_tail and for LeNet on CPU, and all otherwise"
-  )
-  num_epochs: int | None = _preset_flag(
+  num_meta: int | None = preset_flag("Number of clean meta images of each class.")
+  seeds_at_once: int | None = flag(None)
+  num_epochs: int | None = preset_flag(
     "Number of passes over the training set. The drops of the learning rate move in"
     " proportion."
   )
-  batch_size: int | None = _preset_flag("Number of training images in a step.")
+  batch_size: int | None = preset_flag("Number of training images in a step.")
   meta_batch_size: int | None = flag(
     None,
     "Number of meta images in a step. The default is 100, or all if there are fewer.",
   )
-  learning_rate: float | None = _preset_flag("Highest learning rate of SGD.")
-  momentum: float | None = _preset_flag("Momentum of SGD.")
-  weight_decay: float | None = _preset_flag("Weight decay of all parameters.")
+  learning_rate: float | None = preset_flag("Highest learning rate of SGD.")
+  momentum: float | None = preset_flag("Momentum of SGD.")
+  weight_decay: float | None = preset_flag("Weight decay of all parameters.")
   eval_every: int = flag(1, "Number of epochs between two evaluations.")
 
 

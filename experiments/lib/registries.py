@@ -182,8 +182,8 @@ class Settings(MemoryFlags, settings_lib.Settings):
   deferred: float | None = flag(
     None,
     "Share of the run after which a method begins to weight or resample the examples,"
-    " rounded down to a whole epoch. The default is 2/3, and the preset's in a long"
-    " tail.",
+    " rounded down to a whole epoch.",
+    unset="2/3",
     bounds=settings_lib.SHARE,
     methods=_DEFERRED,
   )

@@ -243,7 +243,7 @@ def flags_of(settings: "type[Flags]") -> dict[str, Flag]:
     if "help" not in field.metadata:
       continue
     given = {k: value for k, value in field.metadata.items() if value is not None}
-    unset = given.pop("unset", None)
+    unset = settings.UNSET.get(field.name, given.pop("unset", None))
     others = Flag(group="method" if given["methods"] else "common")
     details = SHARED.get(field.name, others)._replace(**given)
     if unset:
@@ -289,6 +289,9 @@ class Flags:
   EXTENDABLE: ClassVar[tuple[str, ...]] = ()
   # Whether the script can train in several processes.
   SEVERAL_PROCESSES: ClassVar[bool] = False
+  # What the default None of some flags means in this script, by the name of the flag;
+  # it replaces the `unset` of the declaration.
+  UNSET: ClassVar[Mapping[str, str]] = {}
 
   # Names of the flags that were given on the command line, even with their defaults.
   given: frozenset[str] = dataclasses.field(
@@ -389,7 +392,8 @@ class OutputFlags(Flags):
 
   workdir: str | None = flag(
     None,
-    "Folder of the results. The default is runs/NAME.",
+    "Folder of the results. The default is runs/NAME, where NAME is that of the"
+    " script.",
     group="output",
     recorded=False,
   )
@@ -530,7 +534,7 @@ class TrainingFlags(OutputFlags, ProcessFlags):
   workdir: str | None = flag(
     None,
     "Folder of the experiment; the same command continues an interrupted run. The"
-    " default is runs/NAME.",
+    " default is runs/NAME, where NAME is that of the script.",
     group="output",
     recorded=False,
   )

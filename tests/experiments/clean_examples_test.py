@@ -109,7 +109,7 @@ def test_early_stopping_chooses_by_the_clean_images_alone(run):
     assert row["accuracy_percent"] == 100 * best["probe/test/accuracy"]
 
 
-def test_only_the_clean_set_depends_on_its_size():
+def test_only_the_meta_set_depends_on_its_size():
   sizes = set()
   for problem in script.PROBLEMS:
     (few,) = script.make_splits(_SETTINGS, "digits", problem, 1, (0,))

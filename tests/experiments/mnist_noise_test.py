@@ -205,7 +205,7 @@ def test_flags_that_save_memory_change_the_program_but_no_result(name, flags):
 
 
 @pytest.mark.ci
-def test_early_stopping_takes_the_step_of_the_lowest_loss_on_the_clean_set(run):
+def test_early_stopping_takes_the_step_of_the_lowest_loss_on_the_meta_set(run):
   rows, _, _ = scripts.saved_rows(run[0])
   for row in rows[:2]:
     (folder,) = run[0].glob(f"seeds-*/*-early_stopped/seed-{row['seed']}")

@@ -58,6 +58,19 @@ def test_every_flag_is_explained_in_full_sentences():
     where = f"{module.__name__} --{name}: {details.help}"
     assert details.help[:1].isupper() and details.help.endswith("."), where
     assert details.group in settings_lib.GROUPS, where
+    assert details.help.count("The default is") <= 1, where
+    assert "in the source code in" not in details.help, where
+
+
+def test_a_script_may_say_what_the_default_of_a_shared_flag_means():
+  helps = {
+    (module.__name__.rpartition(".")[2], name): details.help
+    for module, name, details in _FLAGS
+  }
+  assert helps["mnist_long_tail", "batch_size"].endswith("The default is 100.")
+  assert helps["mnist_long_tail", "deferred"].endswith("The default is 0.8.")
+  assert helps["cifar_long_tail", "deferred"].endswith("The default is the preset's.")
+  assert helps["mnist_noise", "deferred"].endswith("The default is 2/3.")
 
 
 @pytest.mark.parametrize("name", sorted(_NUMERIC))
