@@ -80,7 +80,7 @@ def _compiled(method: str, num_devices: int, dtype: Any) -> Callable[..., Any]:
   return devices_lib.map_step(step, 1, jax.devices()[:num_devices])
 
 
-def run(
+def steps_of(
   method: str, num_devices: int, seed: int, num_steps: int, *, moved: bool = False
 ) -> Iterator[tuple[float, np.ndarray]]:
   """Trains and yields the mean loss and the weights [B] of every step.
@@ -155,7 +155,7 @@ class Settings(settings_lib.OutputFlags):
   """The flags of this benchmark."""
 
 
-def measure(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """Measures the drift of all methods, prints it and writes it to a folder."""
   del settings
   path = pathlib.Path(workdir) / "drift.csv"
@@ -166,11 +166,11 @@ def measure(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, An
     with jax.enable_x64(bits == 64):
       for method in METHODS:
         for seed in range(3):
-          one = list(run(method, 1, seed, _STEPS[-1]))
+          one = list(steps_of(method, 1, seed, _STEPS[-1]))
           others = {
-            "2 devices": run(method, 2, seed, _STEPS[-1]),
-            "8 devices": run(method, 8, seed, _STEPS[-1]),
-            "1 device, moved": run(method, 1, seed, _STEPS[-1], moved=True),
+            "2 devices": steps_of(method, 2, seed, _STEPS[-1]),
+            "8 devices": steps_of(method, 8, seed, _STEPS[-1]),
+            "1 device, moved": steps_of(method, 1, seed, _STEPS[-1], moved=True),
           }
           for name, other in others.items():
             differences = drift(one, list(other))
@@ -194,4 +194,4 @@ def measure(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, An
 
 
 if __name__ == "__main__":
-  launch.main(Settings, measure, "device_drift")
+  launch.main(Settings, run, "device_drift")
