@@ -96,6 +96,7 @@ class Settings(settings_lib.Settings):
     "Number of held-out images that are labeled at random; 0 uses the training images,"
     " as in the released code.",
     bounds=settings_lib.IMAGES,
+    aliases=["num_unlabelled"],
   )
   num_epochs: int | None = flag(None, unset="60; digits: 200")
   batch_size: int = flag(

@@ -509,6 +509,7 @@ class TrainingFlags(OutputFlags, ProcessFlags):
     " milliseconds or less, but need a second program. The default is 1 on CPU and 20"
     " elsewhere.",
     bounds=(1, 10**6),
+    aliases=["steps_per_dispatch"],
     recorded=False,
   )
   # These two flags affect only speed and memory.

@@ -261,3 +261,9 @@ def test_help_is_grouped(capsys):
   assert places == sorted(places)
   assert "--preset: <paper|code>: Settings to start from" in printed
   assert str(scripts.REPOSITORY) not in printed
+
+
+def test_renamed_flags_keep_their_old_spellings():
+  aliases = {name: set(details.aliases) for _, name, details in _FLAGS}
+  assert aliases["steps_per_call"] == {"steps_per_dispatch"}
+  assert aliases["num_unlabeled"] == {"num_unlabelled"}
