@@ -13,6 +13,7 @@ import pytest
 from l2rw_jax import losses
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
+from l2rw_jax.training import run as run_lib
 
 pytestmark = pytest.mark.promotes(
   "the documentation promises code for JAX's default promotion, which optax.adam needs"
@@ -119,7 +120,7 @@ def test_code_of_the_first_page():
 
 
 @pytest.mark.slow
-def test_code_of_your_own_training_loop():
+def test_code_of_your_own_training_loop(tmp_path, monkeypatch):
   names = run(DOCS / "training_loop.md", {})
   # Padding has weight 0, and the weights of the real tokens sum to 1.
   token_weights = np.asarray(names["token_weights"])
@@ -127,6 +128,25 @@ def test_code_of_your_own_training_loop():
   assert np.isclose(token_weights.sum(), 1, atol=1e-5)
   assert len(names["result"].weights["mean_weight"]) == 32
   assert np.isfinite(names["logits"]).all() and names["logits"].shape == (64, 3)
+  # The page's loop continues a run that was interrupted after its checkpoint of step 3.
+  take_steps, steps = run_lib.Run.take_steps, []
+
+  def interrupted(self):
+    if self.step == 4:
+      raise KeyboardInterrupt
+    return take_steps(self)
+
+  def counted(self):
+    steps.append(self.step)
+    return take_steps(self)
+
+  (tmp_path / "run").mkdir()
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(run_lib.Run, "take_steps", interrupted)
+    names["train"](tmp_path / "run")
+  monkeypatch.setattr(run_lib.Run, "take_steps", counted)
+  chex.assert_trees_all_equal(names["train"](tmp_path / "run"), names["trained"])
+  assert steps == [3, 4, 5]
 
 
 def test_an_empty_sequence_of_the_page_has_loss_0():
