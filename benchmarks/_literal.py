@@ -1,6 +1,6 @@
-"""Baselines for `linearize`: plain training and literal versions of the papers.
+"""Baselines for `linearize`: plain training, and methods exactly as papers define them.
 
-The literal implementations follow the definitions in the papers. They differentiate
+These literal implementations do not use the engines of this library. They differentiate
 through the unrolled inner step with `jax.grad`
 (`hypergradient.unrolled_weight_gradient`), and then compute the weighted gradient in a
 second pass.

@@ -64,7 +64,7 @@ def take(
       which is not counted, determines the number of steps in a turn.
     repeats: the largest number of rounds.
     seconds: the number of seconds after which no new round begins, except for the
-      first five.
+      first five rounds.
     seed: the seed of the random order.
 
   Returns:

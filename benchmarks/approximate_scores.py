@@ -53,8 +53,9 @@ from l2rw_jax.models import language_model
 from l2rw_jax.models import mlp
 from l2rw_jax.training import evaluation
 
-# Every seventh step is compared. `run` refuses multiples of seven for --refresh_every,
-# so that gradients of the meta loss of every age are compared.
+# The scores of every seventh step are compared. `run` refuses multiples of seven for
+# --refresh_every, because these steps would never be those at which the gradient of the
+# meta loss is oldest.
 _PROBE_EVERY = 7
 
 
@@ -119,9 +120,8 @@ def make_task(settings: Settings, name: str) -> Task:
   schedule = optax.cosine_decay_schedule(0.003, settings.num_steps)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
   sequences = language_model.LanguageModel(decoder, vocabulary)
-  # This task names a block instead of a share of the cost. A share would begin with the
-  # last layer, which is also the embedding and alone costs more than a fifth of the
-  # network.
+  # A block is named here. A share of the cost would select the last layer first, which
+  # is also the embedding and alone costs more than a fifth of the network.
   return Task(sequences, optimizer, lambda seed: documents(seed=seed), 32, ("block_1",))
 
 

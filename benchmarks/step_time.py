@@ -93,7 +93,7 @@ class Settings(settings_lib.OutputFlags):
   seconds: float = flag(
     20.0,
     "Number of seconds after which no new round of turns begins, except for the first"
-    " five.",
+    " five rounds.",
     bounds=settings_lib.Bounds(0, 1e7),
   )
   dtype: str = flag(
