@@ -74,8 +74,8 @@ class Settings(settings_lib.Settings):
   dataset: str = flag(
     "omniglot",
     "Data set of the tasks: omniglot, digits, mini_imagenet (folders of images in"
-    " --data_dir), or the name of any image set that TFDS has prepared in --data_dir,"
-    " whose classes are divided.",
+    " --data_dir), the name of any image set that TFDS has prepared in --data_dir, or"
+    " your own uint8 images: images:DIR or npz:FILE. The classes are divided.",
   )
   ood: str = data_flag(
     "mnist",

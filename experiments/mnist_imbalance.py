@@ -67,8 +67,9 @@ class Settings(runner.Settings):
 
   dataset: str = flag(
     "mnist",
-    "Data set with the 4s and 9s: digits, which needs no download, or the name of any"
-    " image set with ten classes or more that TFDS has prepared in --data_dir.",
+    "Data set with the 4s and 9s: digits, which needs no download, the name of any"
+    " image set that TFDS has prepared in --data_dir, or your own images: images:DIR or"
+    " npz:FILE. It needs ten classes or more; the classes 4 and 9 are used.",
   )
   protocol: str = flag(
     "paper", "Settings to start from, which other flags override.", choices=PROTOCOLS
