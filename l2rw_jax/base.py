@@ -485,7 +485,8 @@ def take(table: Array, index: Array) -> Array:
   Args:
     table: a row for each class or group, [C, ...], the same on every device.
     index: integers from 0 to C - 1, of any shape. Other integers give NaN if the
-      table has a floating-point type; in other tables they select some row.
+      table has a floating-point type; in a table of integers or booleans, they select
+      an arbitrary row.
 
   Returns:
     An array of shape `index.shape + table.shape[1:]`.
@@ -533,7 +534,7 @@ def host_or_jax_array(values: Any) -> Any:
 
 
 def wide_integers(values: Any, size: int) -> Array:
-  """Integers in a type that has -1 and `size`, which unsigned and narrow types lack.
+  """Integers in a type that can represent -1 and `size`, unlike uint8 for instance.
 
   Args:
     values: integers or booleans of any type, or a list of them.

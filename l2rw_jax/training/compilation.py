@@ -16,7 +16,8 @@ from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import step as step_lib
 
 
-# This is enough for the figure with the most methods, at two sizes of the training set.
+# The cache holds the steps of the largest script: all its methods, at two sizes of the
+# training set.
 @functools.lru_cache(maxsize=16)
 def functions(
   model: config_lib.Model,
