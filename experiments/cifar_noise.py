@@ -30,7 +30,6 @@ import numpy as np
 from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import optimizers
-from experiments.lib import own_data as own_data_lib
 from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -158,7 +157,8 @@ class Settings(
   dataset: str | None = flag(
     None,
     "Data set: the name of any image set that TFDS has prepared in --data_dir,"
-    f" {own_data_lib.HELP}. The default is cifar10, and cifar10_n for --noise=human.",
+    f" {settings_lib.OWN_DATA}.",
+    unset="cifar10, and cifar10_n for --noise=human",
   )
   noise: str | None = preset_flag(choices=noisy_labels.BUILDERS)
   noise_fraction: float | None = preset_flag(

@@ -37,7 +37,6 @@ from experiments.lib import early_stopping
 from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import optimizers
-from experiments.lib import own_data
 from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
@@ -90,7 +89,7 @@ class Settings(runner.Settings):
   datasets: tuple[str, ...] = data_flag(
     ("mnist", "fashion_mnist"),
     "Data sets, separated by commas: digits (needs no download), the names of image"
-    f" sets that TFDS has prepared in --data_dir, {own_data.HELP}.",
+    f" sets that TFDS has prepared in --data_dir, {settings_lib.OWN_DATA}.",
     aliases=["dataset"],
   )
   problems: tuple[str, ...] = flag(

@@ -25,7 +25,6 @@ from experiments.lib import figures
 from experiments.lib import issue_files
 from experiments.lib import launch
 from experiments.lib import optimizers
-from experiments.lib import own_data as own_data_lib
 from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
@@ -283,7 +282,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     folder, ranking.data, ranking.issues, name=name, num_pictures=_NUM_PICTURES
   )
   more = f"The labels of the first seed, ranked by the run of {listed}:\n"
-  more += own_data_lib.printable(issue_files.summary(ranking.data, ranking.issues))
+  more += settings_lib.printable(issue_files.summary(ranking.data, ranking.issues))
   share = _share_of_wrong(ranking)
   more += f"\nIn this ranking, {share}." if share else ""
   files = ("figure.png", "issues.csv", "issues.html (open it in a browser)")

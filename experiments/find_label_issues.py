@@ -23,7 +23,6 @@ import optax
 
 from experiments.lib import issue_files
 from experiments.lib import launch
-from experiments.lib import own_data as own_data_lib
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import data_flag, flag
@@ -274,7 +273,7 @@ def make_model(data: own_data.OwnData) -> classifier.Classifier:
 def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
   """Reads the data, trains, and writes the list and the page; returns the ranking."""
   data = read_data(settings)
-  own_data_lib.show_report(settings.source_name, data)
+  settings_lib.show_report(settings.source_name, data)
   trusted = read_trusted(settings, data)
   prepared, trusted = prepare(data, trusted)
   config = make_config(settings, data, trusted)
@@ -294,7 +293,7 @@ def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
   issue_files.write(
     folder, data, issues, name=settings.title, num_pictures=settings.num_pictures
   )
-  print(own_data_lib.printable(issue_files.summary(data, issues)))
+  print(settings_lib.printable(issue_files.summary(data, issues)))
   print(f"\nwritten: {folder}/issues.csv, {folder}/issues.html (open it in a browser)")
   return issues
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from experiments.lib import figures
 from experiments.lib import optimizers
-from experiments.lib import own_data as own_data_lib
 from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -345,7 +344,7 @@ def run(
 ) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
   if note := note_on_sizes(experiment.train):
-    print(own_data_lib.printable(note))
+    print(settings_lib.printable(note))
   methods = experiment.methods if settings.methods is None else settings.methods
   names = settings.choose_methods(methods, METHODS)
   experiment = with_flags(settings, experiment)

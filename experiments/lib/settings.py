@@ -19,7 +19,6 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 
-from experiments.lib import own_data as own_data_lib
 from l2rw_jax import base
 from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
@@ -132,6 +131,9 @@ class Flag(NamedTuple):
   repeated: bool = False
 
 
+# The end of the help of flags that take users' data.
+OWN_DATA = "or your own data: images:DIR, npz:FILE or csv:FILE (docs/your_own_data.md)"
+
 # The flags that several scripts have in common. A script sets the default and may
 # replace the help text.
 SHARED: Mapping[str, Flag] = {
@@ -155,7 +157,7 @@ SHARED: Mapping[str, Flag] = {
   "preset": Flag("Settings to start from; other flags override them one by one."),
   "dataset": Flag(
     "Data set: digits (needs no download), the name of any image set that TFDS has"
-    f" prepared in --data_dir, {own_data_lib.HELP}.",
+    f" prepared in --data_dir, {OWN_DATA}.",
     "data",
   ),
   "noise": Flag("Kind of label noise.", "data"),
@@ -269,6 +271,20 @@ def kinds_of(settings: "type[Flags]") -> dict[str, Kind]:
     several = typing.get_origin(hint) is tuple
     kinds[name] = Kind(typing.get_args(hint)[0] if several else hint, several)
   return kinds
+
+
+def show_report(name: str, data: own_data.OwnData) -> None:
+  """Prints what was skipped or changed when a user's data were read."""
+  for line in own_data.report(data):
+    print(printable(f"{name}: {line}"))
+
+
+def printable(text: str) -> str:
+  """Escapes characters that a terminal cannot show or would execute."""
+  return "".join(
+    c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode()
+    for c in text
+  )
 
 
 @functools.cache
@@ -440,7 +456,7 @@ class DataFlags(Flags):
       like = self.read_own(name, "train").form if part == "test" else None
       data = own_data.read(name, part, in_memory=self._in_memory(), like=like)
       if part == "train":  # Most notes on the test part are the same.
-        own_data_lib.show_report(name, data)
+        show_report(name, data)
       self._own[name, part] = data
     return self._own[name, part]
 

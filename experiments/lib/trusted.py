@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from experiments.lib import own_data as own_data_lib
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import data_flag
 from l2rw_jax.data import own_data
@@ -64,7 +63,7 @@ class Settings(settings_lib.Settings):
       form = own_data.Form(names, train.images.shape[1:], pixels=_scale(train.images))
     with settings_lib.naming("trusted", self.trusted):
       data = own_data.read(self.trusted, like=form)
-    own_data_lib.show_report(self.trusted, data)
+    settings_lib.show_report(self.trusted, data)
     return sources.from_own(self.trusted, "trusted", data)
 
   def meta_set(self, num_meta: int | None = None) -> dict[str, Any]:
