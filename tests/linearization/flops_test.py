@@ -17,6 +17,7 @@ from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import baselines
+from l2rw_jax.methods import forml
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import warpi
@@ -212,10 +213,19 @@ _NETWORK_METHODS = {
 }
 
 
+_WEIGHTED_LOOKAHEAD = {
+  "meta_weight_net": _NETWORK_METHODS["meta_weight_net"],
+  "forml": forml.forml(objective="worst", groups_fn=lambda batch: batch["label"]),
+}
+
+
+@pytest.mark.parametrize("method", _WEIGHTED_LOOKAHEAD)
 @pytest.mark.parametrize(("num_meta", "limit"), [(_B, 2.75), (_B // 10, 1.85)])
-def test_meta_weight_net_saves_two_passes_with_the_layerwise_engine(num_meta, limit):
+def test_a_weighted_lookahead_saves_two_passes_with_the_layerwise_engine(
+  method, num_meta, limit
+):
   """5B + 3M forward passes of an example, relative to 3B: 2.67 and 1.77."""
-  flops = _method_flops(_NETWORK_METHODS["meta_weight_net"], "lenet", num_meta)
+  flops = _method_flops(_WEIGHTED_LOOKAHEAD[method], "lenet", num_meta)
   assert 1.5 < flops / _plain_flops("lenet") <= limit
 
 
