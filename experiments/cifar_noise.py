@@ -224,7 +224,7 @@ TABLE = table.Layout(
     "augmentation": "augmentation {}",
     "dataset": "{}",
     "noise": "{}",
-    "variant": "variant {}",
+    "noise_variant": "variant {}",
     "annotation": "annotation {}",
     "fraction": "fraction {:g}",
     "num_meta": "{:,} clean images",
@@ -313,7 +313,7 @@ def make_facts(settings: Settings, preset: Preset) -> dict[str, Any]:
   return {
     "dataset": settings.dataset_name,
     "noise": preset.noise,
-    "variant": settings.noise_variant,
+    "noise_variant": settings.noise_variant,
     "fraction": preset.noise_fraction,
     "annotation": settings.annotation or ("worst" if is_human else None),
   }

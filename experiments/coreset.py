@@ -69,7 +69,6 @@ class Settings(runner.Settings):
     "Networks to train, separated by commas: any of logistic (regression) and mlp"
     " (one hidden layer of 256 units).",
     aliases=["model"],
-    key="model",
   )
   methods: tuple[str, ...] = methods_flag(METHODS, METHODS)
   fraction: tuple[float, ...] | None = data_flag(
@@ -157,11 +156,11 @@ TABLE = table.Layout(
   settings={
     "dataset": "{}",
     "imbalance": "largest class over smallest {:g}",
-    "model": "{}",
+    "network": "{}",
     "fraction": "{:.0%} of the data",
     "num_steps": "{:,} steps",
   },
-  keys=("model", "fraction"),
+  keys=("network", "fraction"),
   published="Published: on other data, more than 2.9 times faster than on all data"
   " and 4.5 times faster than on random subsets; the protocol is this project's.",
 )
@@ -230,8 +229,8 @@ def make_facts(settings: Settings, split: examples_lib.Splits) -> list[dict[str,
     for method in methods
   )
   return [
-    {"model": model, "method": method, "fraction": fraction}
-    for model, method, fraction in curves
+    {"network": network, "method": method, "fraction": fraction}
+    for network, method, fraction in curves
   ]
 
 
@@ -275,7 +274,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       facts["method"],
       facts,
       config,
-      make_model(facts["model"], split.num_classes),
+      make_model(facts["network"], split.num_classes),
       make_method(settings, facts["method"], facts["fraction"]),
       optimizer,
       splits,
@@ -343,7 +342,7 @@ def panels(rows: runner.Rows) -> dict[tuple[str, float], list[int]]:
 
   Rows of `full` are drawn in every panel of their model.
   """
-  names = [(row["model"], row["fraction"]) for row in rows]
+  names = [(row["network"], row["fraction"]) for row in rows]
   is_full = [row["method"] == "full" for row in rows]
   partial = [name for name, full in zip(names, is_full, strict=True) if not full]
   return {
@@ -363,9 +362,9 @@ def with_equal_seconds(rows: runner.Rows) -> runner.Rows:
   Seeds are treated separately, because the runs of a seed follow each other and the
   speed of a machine varies.
   """
-  extended, compared = [], report.grouped(rows, "model", "seed")
+  extended, compared = [], report.grouped(rows, "network", "seed")
   for one in rows:
-    equal = min(r["seconds"] for r in compared[one["model"], one["seed"]])
+    equal = min(r["seconds"] for r in compared[one["network"], one["seed"]])
     percents = {
       f"percent_at_{name}": _or_none(one["curve"].at(share * equal))
       for name, share in _SHARES.items()
@@ -382,7 +381,7 @@ def save_curves(
   rows: runner.Rows, curves: Sequence[curves_lib.Curve], path: pathlib.Path
 ) -> None:
   """Writes every evaluation of every run as a line of CSV."""
-  columns = ("model", "method", "fraction", "seed")
+  columns = ("network", "method", "fraction", "seed")
   lines = [",".join((*columns, "step", "seconds", "accuracy_percent"))]
   for row, curve in zip(rows, curves, strict=True):
     name = ",".join(str(row[column]) for column in columns)

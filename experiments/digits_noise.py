@@ -41,7 +41,7 @@ from l2rw_jax.models import mlp
 from l2rw_jax.training import results as results_lib
 
 METHODS = (
-  *("uniform", "random", "proportion", "resampling"),
+  *("uniform", "random", "class_proportion", "resampling"),
   *("clean_only", "fine_tuning", "fine_tuning_restarted"),
   "l2rw",
 )

@@ -91,7 +91,6 @@ class Settings(runner.Settings):
     " ResNet-32. The default is mlp; cifar10: resnet.",
     choices=NETWORKS,
     aliases=["model"],
-    key="model",
   )
   methods: tuple[str, ...] = methods_flag(METHODS, METHODS)
   weight_learning_rate: float | None = flag(

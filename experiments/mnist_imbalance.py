@@ -6,7 +6,7 @@ Paper: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
 Command: python -m experiments.mnist_imbalance --data_dir=DIR
   for the whole figure; with --majority=0.995 --num_seeds=3 for its right end.
 Device, time: one CPU core, 8 to 14 minutes per run.
-Published (error %, majority 0.995): baseline 18.26, proportion 8.30, hard
+Published (error %, majority 0.995): baseline 18.26, class_proportion 8.30, hard
   mining 7.74, L2RW 3.62. Measured: results/mnist_imbalance.
 """
 
@@ -98,7 +98,7 @@ class Settings(runner.Settings):
     "Batch size of hard mining.", bounds=settings_lib.BATCH, methods=["hard_mining"]
   )
   variant: str | None = _protocol_flag(
-    "Variant of the methods proportion and hard_mining.",
+    "Variant of the methods class_proportion and hard_mining.",
     choices=["paper", "official_code"],
     group="method",
   )
@@ -144,7 +144,7 @@ TABLE = table.Layout(
 def make_method(name: str, variant: str, num_steps: int) -> base.Method:
   """The `Method` for a name in `--methods`."""
   variants = {
-    "proportion": lambda: baselines.class_proportion(variant),
+    "class_proportion": lambda: baselines.class_proportion(variant),
     "hard_mining": lambda: baselines.hard_mining(variant),
   }
   return registries.simple_method(name, num_steps, variants)

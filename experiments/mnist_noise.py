@@ -146,7 +146,7 @@ class Settings(
     choices=[name for name in noisy_labels.BUILDERS if name != "human"],
   )
   noise_variant: str = flag(
-    "paper", choices=["paper", "official_code"], aliases=["variant"], key="variant"
+    "paper", choices=["paper", "official_code"], aliases=["variant"]
   )
   noise_fraction: tuple[float, ...] | None = flag(
     None,
@@ -218,7 +218,7 @@ TABLE = table.Layout(
     "pixels": "{} pixels",
     "initialization": "{} initialization",
     "noise": "{}",
-    "variant": "variant {}",
+    "noise_variant": "variant {}",
     "fraction": "fraction {:g}",
     "num_meta": "{:,} clean images",
     "schedule": "{} learning rate",
@@ -337,7 +337,7 @@ def make_cell(
   return runner.method_cell(
     settings,
     name,
-    {"noise": settings.noise, "variant": settings.noise_variant, "fraction": fraction},
+    {"noise": settings.noise, "noise_variant": settings.noise_variant, "fraction": fraction},
     config,
     model,
     make_optimizer(settings, name, split, steps_per_epoch),

@@ -338,7 +338,6 @@ def simple_method(
   makers = {
     "uniform": baselines.uniform,
     "random": baselines.random,
-    "proportion": baselines.class_proportion,
     "class_proportion": baselines.class_proportion,
     "resampling": baselines.resampling,
     "hard_mining": baselines.hard_mining,

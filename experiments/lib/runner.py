@@ -227,8 +227,8 @@ def open_folder(
       if details.group == "method" and not details.recorded
     },
   )
-  ignored = {flags[name].key or name for name in settings.EXTENDABLE}
-  compared = {k: v for k, v in settings.record().items() if k not in ignored}
+  record = settings.record()
+  compared = {k: v for k, v in record.items() if k not in settings.EXTENDABLE}
   compared = {**compared, **facts, "experiment": name}
   return workdir_lib.prepare(workdir, compared, settings.input_files())
 

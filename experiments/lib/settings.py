@@ -111,7 +111,6 @@ class Flag(NamedTuple):
     bounds: bounds of a number; None allows all finite numbers.
     methods: names of --methods that use the flag; empty if all do.
     aliases: older names of the flag, which still work.
-    key: key under which the value is recorded; None means the name of the flag.
     recorded: whether the value determines the results and is recorded in them.
     recorded_with: name of a flag. The value is recorded only if that flag does not have
       its default, because folders that older versions have written lack the entry.
@@ -125,7 +124,6 @@ class Flag(NamedTuple):
   bounds: Bounds | None = None
   methods: tuple[str, ...] = ()
   aliases: Sequence[str] = ()
-  key: str | None = None
   recorded: bool = True
   recorded_with: str | None = None
   repeated: bool = False
@@ -330,7 +328,7 @@ class Flags:
       is_omitted = getattr(self, condition) == defaults[condition]
       if details.recorded and not (details.recorded_with and is_omitted):
         is_list = isinstance(value, tuple)
-        entries[details.key or name] = list(value) if is_list else value
+        entries[name] = list(value) if is_list else value
     return entries
 
   def input_files(self) -> dict[str, str]:

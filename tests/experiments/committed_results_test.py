@@ -115,7 +115,7 @@ def test_every_row_names_its_origin(path):
       ["clean_only", "early_stopped", "fine_tuning", "l2rw"],
       5 * 6 * 5,
     ),
-    ("mnist_imbalance", ["uniform", "proportion", "hard_mining", "l2rw"], 3),
+    ("mnist_imbalance", ["uniform", "class_proportion", "hard_mining", "l2rw"], 3),
     (
       "mnist_noise",
       ["uniform", "clean_only", "early_stopped", "fine_tuning", "l2rw", "warpi"],

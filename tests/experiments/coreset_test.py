@@ -48,7 +48,7 @@ def test_a_file_that_has_changed_is_read_again(tmp_path):
 def test_the_table_has_a_line_for_each_method(run):
   _, printed = run
   header, *lines = scripts.table(printed)
-  assert header[:4] == ["model", "fraction", "method", "test accuracy %"]
+  assert header[:4] == ["network", "fraction", "method", "test accuracy %"]
   assert [line[2] for line in lines] == _METHODS
   assert [line[1] for line in lines] == ["1"] + 4 * ["0.1"]
   assert {line[-1] for line in lines} == {"1"}
@@ -125,9 +125,9 @@ def test_a_curve_by_hand():
 def test_equal_seconds_are_those_of_the_shortest_run():
   curves = [_curve([1.0, 4.0], [60.0, 90.0]), _curve([2.0, 8.0], [70.0, 100.0])]
   rows = [
-    {"model": "mlp", "seed": 0, "seconds": c.seconds[-1], "curve": c} for c in curves
+    {"network": "mlp", "seed": 0, "seconds": c.seconds[-1], "curve": c} for c in curves
   ]
-  rows.append({**rows[0], "model": "logistic", "seconds": 2.0})
+  rows.append({**rows[0], "network": "logistic", "seconds": 2.0})
   rows.append({**rows[1], "seed": 1})
   result = script.with_equal_seconds(rows)
   assert [r["equal_seconds"] for r in result] == [4.0, 4.0, 2.0, 8.0]
@@ -137,9 +137,9 @@ def test_equal_seconds_are_those_of_the_shortest_run():
 
 def test_the_curve_of_full_is_in_every_panel():
   rows = [
-    {"model": "mlp", "method": "full", "fraction": 1.0},
-    {"model": "mlp", "method": "craig", "fraction": 0.1},
-    {"model": "mlp", "method": "craig", "fraction": 0.3},
+    {"network": "mlp", "method": "full", "fraction": 1.0},
+    {"network": "mlp", "method": "craig", "fraction": 0.1},
+    {"network": "mlp", "method": "craig", "fraction": 0.3},
   ]
   result = script.panels(rows)
   assert result == {("mlp", 0.1): [0, 1], ("mlp", 0.3): [0, 2]}

@@ -41,7 +41,7 @@ def test_every_published_value_that_can_be_run_is_in_the_catalog(cells):
 
 def test_methods_and_settings_are_those_of_the_scripts(cells):
   for cell in cells.values():
-    assert cell.method in registries.LONG_TAIL or cell.method == "proportion"
+    assert cell.method in registries.LONG_TAIL or cell.method == "class_proportion"
     for rehearse in (False, True):  # An invalid value of a flag raises InputError.
       reproduce.make_run(reproduce.Settings(rehearse=rehearse), cell)
 

@@ -124,7 +124,7 @@ class _Settings(settings_lib.Settings):
   preset: str | None = flag(None, choices=["paper", "code"])
   num_steps: int = flag(1)
   noise_fraction: tuple[float, ...] = flag((0.5,))
-  network: str = flag("mlp", aliases=["model"], key="model")
+  network: str = flag("mlp", aliases=["model"])
   meta_every: int = flag(1, "Steps.", bounds=settings_lib.STEPS, methods=["l2rw", "ab"])
   files: tuple[str, ...] = flag((), "Files.", repeated=True)
   plateau: bool | None = flag(None, "Plateau.")
@@ -156,7 +156,7 @@ def test_old_spellings_work_and_are_not_in_the_help(tmp_path, capsys):
   for argument in ("--model=lenet", f"--flagfile={tmp_path}/flags"):
     parsed = _parse(argument)
     assert parsed.network == "lenet" and parsed.is_given("network")
-  assert parsed.record()["model"] == "lenet" and "network" not in parsed.record()
+  assert parsed.record()["network"] == "lenet"
   with pytest.raises(SystemExit) as stopped:
     _parse("--helpfull")
   printed = capsys.readouterr().out
