@@ -64,7 +64,27 @@ class Settings(settings_lib.Settings):
     with settings_lib.naming("trusted", self.trusted):
       data = own_data.read(self.trusted, like=form)
     settings_lib.show_report(self.trusted, data)
+    self._show_overlap(data.features)
     return sources.from_own(self.trusted, "trusted", data)
+
+  def _show_overlap(self, features: np.ndarray) -> None:
+    """Prints how many trusted examples are test examples, which they must not be.
+
+    Test images that are not in memory are not compared.
+    """
+    test = self.load("test", self.dataset_name).images
+    if not isinstance(test, np.ndarray):
+      return
+    first = own_data.duplicates(np.concatenate([test, features]))[len(test) :]
+    number = int(((first >= 0) & (first < len(test))).sum())
+    if number:
+      print(
+        settings_lib.printable(
+          f"{self.trusted}: {number} of {len(features)} trusted examples equal test"
+          " examples. If they are the same, the accuracy of methods that use them is"
+          " too high: leave them out of --trusted or of --dataset."
+        )
+      )
 
   def meta_set(self, num_meta: int | None = None) -> dict[str, Any]:
     """The arguments that select the meta set, for functions that make splits.

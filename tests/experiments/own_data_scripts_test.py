@@ -97,6 +97,22 @@ def test_trusted_images_have_the_scale_of_a_named_set(tmp_path):
     _ = trusted(digits.images // 17).trusted_source
 
 
+def test_trusted_examples_that_are_test_examples_are_reported(tmp_path, capsys):
+  digits = {part: sources.load("digits", part) for part in ("train", "test")}
+  rows = {"train": slice(0, 20), "test": slice(0, 3)}
+  for parts, number in ((("train", "test"), 3), (("train",), 0)):
+    images, labels = (
+      np.concatenate([getattr(digits[part], name)[rows[part]] for part in parts])
+      for name in ("images", "labels")
+    )
+    np.savez(tmp_path / "trusted.npz", X=images, y=labels)
+    name = f"npz:{tmp_path / 'trusted.npz'}"
+    _ = digits_noise.Settings(trusted=name).trusted_source
+    printed = capsys.readouterr().out
+    message = f"{name}: {number} of {len(labels)} trusted examples equal test examples."
+    assert (message in printed) == ("equal test" in printed) == (number > 0)
+
+
 def test_all_trusted_examples_are_in_the_splits(tables):
   dataset, trusted = tables
   settings = digits_noise.Settings(dataset=dataset, trusted=trusted, **_SMALL)
