@@ -20,11 +20,13 @@ class Header(NamedTuple):
     height: height of the upright image in pixels.
     width: width of the upright image in pixels.
     is_gray: whether the image has no color.
+    is_deep: whether it has more than 8 bits per pixel, which `to_8_bits` scales.
   """
 
   height: int
   width: int
   is_gray: bool
+  is_deep: bool = False
 
 
 def header(path: str | os.PathLike) -> Header:
@@ -43,7 +45,8 @@ def header(path: str | os.PathLike) -> Header:
       width, height = image.size
       if image.getexif().get(0x0112) in (5, 6, 7, 8):  # It is rotated by 90 degrees.
         width, height = height, width
-      return Header(height, width, image.mode.partition(";")[0] in _GRAY_MODES)
+      mode = image.mode.partition(";")[0]
+      return Header(height, width, mode in _GRAY_MODES, mode == "I")
   # A damaged file can raise nearly any error.
   except Exception as error:
     raise ValueError(_reason(error)) from error

@@ -17,6 +17,8 @@ from l2rw_jax.data.own_data import csv_files
 # images, in a fraction of the time.
 _LARGEST_SIDE = 64
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
+# The brightest pixel, of 255, of images of 12 bits in files of 16 bits.
+_BRIGHTEST_OF_12_BITS = 16
 # Folders with these names are parts of a data set, not classes.
 _PART_NAMES = frozenset(
   {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
@@ -294,7 +296,22 @@ def decode(
       is_good[row] = True
     except ValueError as error:
       raw.skipped.append((str(example), str(error)))
+  is_deep = np.array([n in headers and headers[n].is_deep for n in examples.names])
+  _note_dark_images(features[is_good & is_deep], raw.notes)
   return examples.take(is_good), features if is_good.all() else features[is_good]
+
+
+def _note_dark_images(images: np.ndarray, notes: list[str]) -> None:
+  """Appends a note if images of files of 16 bits, uint8 [N, ...], use few gray levels.
+
+  Cameras and scanners often store 10 or 12 bits in such files.
+  """
+  if len(images) and images.max() <= _BRIGHTEST_OF_12_BITS:
+    notes.append(
+      f"{len(images)} images have 16 bits per pixel, and none of their pixels is above"
+      f" {images.max()} of 255 after the conversion to 8 bits. If they have fewer bits"
+      " (10 or 12), scale their pixels to the range from 0 to 65535."
+    )
 
 
 def _image_form(

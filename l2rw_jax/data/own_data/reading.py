@@ -239,6 +239,12 @@ def _convert(
       + (f". {raw.notes[0].rstrip('.')}" if isinstance(raw.values, dict) else "")
       + containers.skipped_suffix(raw)
     )
+  if like is None and {"-1", "0"} <= set(class_names) and len(class_names) > 2:
+    # In arrays of integers, -1 often marks examples without a label.
+    raw.notes.append(
+      f"{int((examples.labels == '-1').sum())} examples have the label -1, which is a"
+      " class. If it marks examples without a label, leave them out."
+    )
   is_array = isinstance(features, np.ndarray)
   if is_array:
     features = np.ascontiguousarray(features)

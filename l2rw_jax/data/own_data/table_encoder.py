@@ -161,7 +161,8 @@ def _kinds_of_columns(
     elif len(different) > max(_MAX_CATEGORIES, len(cells) // 2):
       notes.append(
         f"The column {name!r} has {len(different)} different texts in {len(cells)} rows"
-        " and was left out."
+        " and was left out. To learn from it, replace each text by numbers, such as an"
+        " embedding."
       )
     else:
       categorical.append(name)

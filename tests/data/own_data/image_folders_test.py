@@ -65,6 +65,15 @@ def test_images_of_different_sizes_and_modes_are_converted_and_noted(folder):
   assert small.features.shape == (24, 8, 8, 3)
 
 
+@pytest.mark.parametrize(("largest", "is_noted"), [(4095, True), (16_383, False)])
+def test_images_of_12_bits_in_16_are_noted(folder, largest, is_noted):
+  user_files.save_image(folder / "cat" / "black.png", 0, mode="I;16")
+  user_files.save_image(folder / "cat" / "deep.png", largest, mode="I;16")
+  notes = own_data.read(f"images:{folder}").notes
+  message = "2 images have 16 bits per pixel, and none of their pixels is above 16 of"
+  assert [note.startswith(message) for note in notes] == [True] * is_noted
+
+
 def test_large_images_are_shrunk(tmp_path):
   for name in ("a", "b"):
     for i in range(2):

@@ -34,6 +34,16 @@ def test_whole_numbers_are_the_same_label_with_and_without_a_point(
   assert own_data.read(archive).form.class_names == names
 
 
+def test_a_label_of_minus_one_is_a_class_and_noted(tmp_path):
+  points = np.arange(12.0)[:, None]
+  for labels, is_noted in (([-1, 0, 1, 1], True), ([-1, 1], False), ([0, 1], False)):
+    name = user_files.write_archive(tmp_path / "a.npz", points, np.resize(labels, 12))
+    data = own_data.read(name)
+    assert data.form.class_names == tuple(map(str, sorted(set(labels))))
+    message = "3 examples have the label -1, which is a class."
+    assert [note.startswith(message) for note in data.notes] == [True] * is_noted
+
+
 @pytest.mark.parametrize(
   ("labels", "others"), [(["1.0", "1.5", "2.0"], ["1.0", "2"]), (["1", "a"], ["1.0"])]
 )

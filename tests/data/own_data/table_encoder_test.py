@@ -57,6 +57,7 @@ def test_columns_without_information_are_noted(tmp_path):
   # The column x is 'x' in all rows but one.
   assert data.features.shape == (70, 3)
   assert [note.split("'")[1] for note in data.notes] == ["y", "empty", "same", "text"]
+  assert "an embedding" in data.notes[3]
   stray = [f"{'n/k' if i == 5 else i},{i % 2}" for i in range(40)]
   data = own_data.read(user_files.write_table(tmp_path / "s.csv", stray, "n,y"))
   assert "1 values of the column 'n', such as 'n/k'" in data.notes[1]
