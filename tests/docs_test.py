@@ -293,13 +293,19 @@ def test_your_own_data(tmp_path, monkeypatch):
   names = {}
   for suffix, wrong, size in (("", 15, 150), ("_trusted", 0, 9), ("_test", 0, 60)):
     names["x" + suffix], names["y" + suffix] = points(size, wrong)
-  training, page, corrected, rows, loading = code_blocks(DOCS / "your_own_data.md")
+  blocks = code_blocks(DOCS / "your_own_data.md")
+  training, groups, page, corrected, rows, loading = blocks
   lines = training.split("\n\n")[1].strip().splitlines()
   assert len(lines) < 10  # The page promises a few lines for arrays.
   exec(training, names)
   run, issues = names["run"], names["issues"]
   assert run.metrics["last"]["accuracy"] > 0.9
   assert len(set(issues.index[:15]) & set(range(15))) >= 13
+  exec(groups, names)
+  by_group = names["grouped_run"].metrics["last"]
+  assert by_group["worst_group_accuracy"] == min(
+    by_group["accuracy_group_0"], by_group["accuracy_group_1"]
+  )
   exec(page, names)
   assert "Label issues" in (tmp_path / "issues.html").read_text()
   (tmp_path / "corrected_labels.csv").write_text("index,label\n0,b\n7,c\n")
