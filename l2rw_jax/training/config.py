@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any, Protocol
 
+from absl import logging
 import numpy as np
 
 from l2rw_jax import base
@@ -140,6 +141,8 @@ def check(
 ) -> None:
   """Raises InputError unless `loop.train` accepts these arguments.
 
+  A warning is logged if only some parts of the data have groups.
+
   Args:
     config: the settings.
     method: the method of all runs.
@@ -175,6 +178,7 @@ def check(
     _check_meta(config, method, len(split.meta.label))
   for part in ("train", "meta") if method.needs_meta else ("train",):
     _check_same_kind([getattr(s, part) for s in splits], part)
+  _warn_of_missing_groups(splits[0], method.needs_meta)
 
 
 def as_integers(
@@ -202,6 +206,21 @@ def as_integers(
     }
     results.append(split._replace(**parts))
   return results
+
+
+def _warn_of_missing_groups(split, needs_meta):
+  """Logs the parts that have no groups if others have some: classes replace them."""
+  parts = {"train": split.train, "test": split.test}
+  if needs_meta:
+    parts["meta"] = split.meta
+  missing = [name for name, part in parts.items() if part.group is None]
+  if 0 < len(missing) < len(parts):
+    given = [name for name in parts if name not in missing]
+    logging.warning(
+      "group is given for %s, but not for %s: the true labels are the groups there.",
+      " and ".join(given),
+      " and ".join(missing),
+    )
 
 
 def _check_same_kind(examples, part):

@@ -1,5 +1,7 @@
 """Settings and data that do not fit together."""
 
+import logging
+
 import numpy as np
 import pytest
 import toy_runs
@@ -120,6 +122,27 @@ def test_seeds_are_different_integers(seeds, message):
 def test_seeds_may_be_numpy_integers():
   config = config_lib.Config(7, seeds=np.arange(3))
   assert config.seeds == (0, 1, 2) and {type(seed) for seed in config.seeds} == {int}
+
+
+@pytest.mark.parametrize(
+  ("parts", "method", "missing"),
+  [
+    (("train",), _UNIFORM, "for train, but not for test: the true labels"),
+    (("train", "test"), _L2RW, "for train and test, but not for meta: the true labels"),
+    (("train", "test"), _UNIFORM, None),
+    ((), _L2RW, None),
+  ],
+)
+def test_parts_without_groups_are_logged(caplog, parts, method, missing):
+  caplog.set_level(logging.WARNING, logger="absl")
+  splits = toy_runs.make_splits()
+  groups = {part: getattr(splits, part).label % 2 for part in parts}
+  changed = {
+    part: getattr(splits, part)._replace(group=group) for part, group in groups.items()
+  }
+  config = config_lib.Config(num_steps=1, batch_size=8, num_devices=1)
+  config_lib.check(config, method, [splits._replace(**changed)])
+  assert [missing in message for message in caplog.messages] == [True] * bool(missing)
 
 
 def test_an_empty_test_set_raises(tmp_path):
