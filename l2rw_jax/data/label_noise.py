@@ -253,7 +253,8 @@ def flip_matrix(
     Shu et al., "Meta-Weight-Net" (NeurIPS 2019), released code: flip noise.
   """
   _check_matrix(num_classes, rate)
-  if not 1 <= num_targets < num_classes:
+  base.check_integer("num_targets", num_targets)
+  if num_targets >= num_classes:
     raise base.InputError(
       f"num_targets must be between 1 and num_classes - 1 = {num_classes - 1}; got"
       f" {num_targets}"
@@ -332,10 +333,7 @@ def check_labels(what: str, labels: Any, num_classes: int) -> np.ndarray:
 def _check_variant(variant: str, num_classes: int) -> None:
   if variant not in VARIANTS:
     raise base.InputError(f"variant must be one of {VARIANTS}; got {variant!r}")
-  if num_classes < 2:
-    raise base.InputError(
-      f"num_classes must be at least 2 to flip labels; got {num_classes}"
-    )
+  base.check_integer("num_classes", num_classes, 2)
 
 
 def _check_matrix(num_classes: int, rate: float) -> None:

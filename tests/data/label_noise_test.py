@@ -191,7 +191,10 @@ def test_official_code_with_two_classes_gives_the_first(builder):
     ({"labels": [0.0, 1.0]}, r"labels must be integers of shape \[N\]; got float64"),
     ({"labels": [[0, 1]]}, r"labels must be integers of shape \[N\].*\(1, 2\)"),
     ({"variant": "peper"}, r"variant must be one of .*got 'peper'"),
-    ({"labels": [0], "num_classes": 1}, r"num_classes must be at least 2"),
+    (
+      {"labels": [0], "num_classes": 1},
+      r"num_classes=1 must be an integer of at least 2",
+    ),
   ],
 )
 def test_invalid_arguments_raise(builder, changes, message):
@@ -320,7 +323,20 @@ def test_a_fraction_may_be_in_half_precision():
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: label_noise.symmetric_matrix(1, 0.1), "num_classes must be at least 2"),
+    (
+      lambda: label_noise.symmetric_matrix(1, 0.1),
+      "num_classes=1 must be an integer of at least 2",
+    ),
+    (
+      lambda: label_noise.uniform_matrix(2.5, 0.1),
+      "num_classes=2.5 must be an integer",
+    ),
+    (
+      lambda: label_noise.flip_matrix(
+        3, 0.1, num_targets=1.5, rng=np.random.default_rng(0)
+      ),
+      "num_targets=1.5 must be an integer",
+    ),
     (lambda: label_noise.uniform_matrix(3, 1.1), r"rate must lie in .* got 1.1"),
     (lambda: label_noise.uniform_matrix(3, float("nan")), "rate must lie.*nan"),
     (lambda: label_noise.pair_matrix(3, 0.1, {0: 3}), "from 0 to 2; got 0: 3"),
