@@ -337,7 +337,11 @@ def make_cell(
   return runner.method_cell(
     settings,
     name,
-    {"noise": settings.noise, "noise_variant": settings.noise_variant, "fraction": fraction},
+    {
+      "noise": settings.noise,
+      "noise_variant": settings.noise_variant,
+      "fraction": fraction,
+    },
     config,
     model,
     make_optimizer(settings, name, split, steps_per_epoch),

@@ -691,7 +691,8 @@ def _state(gradient, vector, value_slope) -> base.Array:
   # A state for every entry would be one more array of the size of the parameters.
   maxima = [(_largest(g), _largest(v)) for g, v in large or [(jnp.zeros(1),) * 2]]
   g, v = (jnp.stack(numbers) for numbers in zip(*maxima, strict=True))
-  states = jnp.where(v == 0, jnp.where(g == 0, _State.ZERO, _State.IGNORED), _State.USED)
+  unused = jnp.where(g == 0, _State.ZERO, _State.IGNORED)
+  states = jnp.where(v == 0, unused, _State.USED)
   states = jnp.where(jnp.isinf(v), _State.INFINITE, states)
   states = jnp.where(jnp.isnan(v), _State.NAN, states)
   states = jnp.where(jnp.isfinite(g), states, _State.BAD_GRADIENT).astype(jnp.int32)

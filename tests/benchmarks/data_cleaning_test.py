@@ -117,8 +117,42 @@ def test_saba_keeps_the_last_value_of_every_batch():
   close(kept.mean, (values[2] + values[1]) / 2)
 
 
+def test_averaged_weights_step_along_the_average_of_the_meta_gradients():
+  state, (batch, meta_batch) = _state_and_batches()
+  solver = solvers_lib.averaged_weights(0.1, 20.0)
+  states = [solver.init(_SIZES, jax.random.key(0)) | {"z": state["z"]}]
+  # One weight is negative after the first step, and remains so.
+  states[0]["weights"] = states[0]["weights"].at[0].set(-5.0)
+  for step, of_step in enumerate((meta_batch, batch)):
+    states.append(solver.step(_SIZES, states[-1], jnp.int32(step), batch, of_step))
+
+  def mean_loss(z, of_batch):
+    return solvers_lib.example_losses(z, of_batch.examples).mean()
+
+  first = jax.grad(mean_loss)(states[0]["z"], meta_batch)
+  second = jax.grad(mean_loss)(states[1]["z"], batch)
+  # The average with a decay of 0.99, divided by the sum of its coefficients.
+  averages = [first, (0.99 * first + second) / 1.99]
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  for step, (before, after) in enumerate(itertools.pairwise(states)):
+    share = 0.5 * (1 + np.cos(np.pi * step / _SIZES.num_steps))
+    gradients = jax.jacobian(solvers_lib.example_losses)(before["z"], batch.examples)
+    scores = 0.1 * jnp.einsum("bdc,dc->b", gradients, averages[step]) / 6
+    close(after["weights"], before["weights"] + 20 * share * scores)
+    positive = np.maximum(after["weights"], 0)
+    assert positive[0] == 0
+    move = jnp.einsum("b,bdc->dc", positive, gradients) / 6 + 0.4 * before["z"]
+    close(after["z"], before["z"] - 0.1 * share * move)
+
+
 # The other methods run other solvers in the same loop; soba and saba are tested above.
-_COMPARED = ("l2rw", "kept_weights", "meta_weight_net", "clean_only")
+_COMPARED = (
+  "l2rw",
+  "kept_weights",
+  "averaged_weights",
+  "meta_weight_net",
+  "clean_only",
+)
 
 
 @pytest.fixture(scope="module")
