@@ -177,9 +177,14 @@ def test_a_signal_before_the_first_step_does_not_repeat_the_probes(
     signal.raise_signal(signal.SIGINT)
     return contextlib.nullcontext(lambda: True)
 
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(interruption, "agreed", interrupted)
-    train()
+  # Shells start commands in the background with SIGINT ignored.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(interruption, "agreed", interrupted)
+      train()
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert toy_runs.saved(tmp_path)[0] == 0
   (result,) = train()
   assert result.metrics["probes"]["step"] == [0, 3]
