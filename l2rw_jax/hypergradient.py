@@ -106,9 +106,8 @@ class Direction(NamedTuple):
       optimizer's step ignores the gradient; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: the auxiliary output of the meta losses function, or None.
-    activation_ratio: the memory of the activations that are stored for the gradient of
-      the meta loss, per meta example, divided by the memory of the parameters; infinite
-      if it is unknown.
+    activation_ratio: the memory of the activations of a meta example divided by that of
+      the parameters, see `ordering.activation_ratio`; infinite if it is unknown.
     value_slope: dM/d value, the derivative through the inner loss that the optimizer
       receives, scalar; None stands for 0.
   """
@@ -354,9 +353,13 @@ def direction(
     loss, cotangent = _meta_loss(objective, losses, axis_name)
     (gradient,) = losses_vjp(sign * cotangent)
     ratio = base.StaticFloat(
-      ordering.residual_bytes(losses_vjp, (lookahead_leaves, meta_batch))
+      ordering.activation_ratio(
+        lambda leaves: meta_losses(leaves, meta_batch)[0],
+        losses_vjp,
+        lookahead_leaves,
+        meta_batch,
+      )
       / losses.size
-      / max(ordering.num_bytes(lookahead_leaves), 1)
     )
   else:
     losses, loss, gradient, aux = _microbatched_meta_gradient(
@@ -459,8 +462,9 @@ def order_of(direction: Direction, batch: Any) -> base.StaticStr:
   With "batches", the meta batch is finished before the training batch begins. Memory
   then contains the activations of one batch at a time, and the whole direction.
   "layers" leaves the order to the compiler. Memory then contains the activations of
-  both batches, but only the part of the direction that the current layer needs. The
-  result is "layers" if the parameters take more memory than the activations of `batch`.
+  both batches, even those that the network recomputes, but only the part of the
+  direction that the current layer needs. The result is "layers" if the parameters
+  outside of loops take more memory than these activations of `batch`.
 
   Args:
     direction: the result of `direction`.

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend import core as jax_core
 import jax.numpy as jnp
 
 from l2rw_jax import base
@@ -44,29 +43,15 @@ def allocated_after(first: base.PyTree, function: Callable[[], Any]) -> Any:
   if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(first)):
     return function()
   closed, shapes = jax.make_jaxpr(function, return_shape=True)()
-  outputs = _run(closed.jaxpr, closed.consts, [], ordering.zero_after(first))
+  zero = ordering.zero_after(first)
+
+  def replace(eqn, inputs):
+    if eqn.primitive.name != "scan" or not eqn.params["length"]:
+      return None
+    return _scan(eqn, inputs, zero)
+
+  outputs = parameter_uses.run(closed.jaxpr, closed.consts, [], replace)
   return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
-
-
-def _run(jaxpr, consts, args, zero):
-  """The outputs of a jaxpr; the arrays that its loops fill depend on `zero`."""
-  env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-
-  def read(atom):
-    return atom.val if isinstance(atom, jax_core.Literal) else env[atom]
-
-  for eqn in jaxpr.eqns:
-    inputs = [read(v) for v in eqn.invars]
-    call = batch_axes.inlined(eqn)
-    if call is not None:
-      inner, inner_consts = call
-      outputs = _run(inner, inner_consts, inputs, zero)
-    elif eqn.primitive.name == "scan" and eqn.params["length"]:
-      outputs = _scan(eqn, inputs, zero)
-    else:
-      outputs = parameter_uses.bind(eqn, inputs)
-    env.update(zip(eqn.outvars, outputs, strict=True))
-  return [read(v) for v in jaxpr.outvars]
 
 
 def _scan(eqn, inputs, zero):

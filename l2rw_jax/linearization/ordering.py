@@ -7,10 +7,16 @@ not prevent this on XLA:CPU, which removes the barrier before operations are sch
 always 0, but that no compiler can simplify.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+from jax.extend import core as jax_core
 import jax.numpy as jnp
 
 from l2rw_jax import base
+from l2rw_jax.linearization import batch_axes
+from l2rw_jax.linearization import parameter_uses
 
 
 def zero_after(first: base.PyTree) -> base.Array:
@@ -71,6 +77,115 @@ def residual_bytes(vjp_fn: base.PyTree, known: base.PyTree) -> int:
   known_ids = {id(x) for x in jax.tree.leaves(known)}
   residuals = {id(x): x for x in jax.tree.leaves(vjp_fn) if id(x) not in known_ids}
   return num_bytes(list(residuals.values()))
+
+
+def activation_ratio(
+  losses_fn: Callable[[list[base.Array]], base.Array],
+  vjp_fn: base.PyTree,
+  leaves: list[base.Array],
+  batch: Any,
+) -> float:
+  """The memory of the activations divided by that of the parameters of layers.
+
+  The results of a backward pass (the gradients of layers) can be used one after the
+  other if they are products of activations and slopes that are in memory. Activations
+  that the backward pass recomputes (`jax.checkpoint`) would then have to be kept, so
+  they are counted, too. The gradients of parameters that enter a loop are results of
+  the whole loop, so these parameters are not counted.
+
+  Args:
+    losses_fn: maps parameters to losses.
+    vjp_fn: the backward pass of `losses_fn`, see `residual_bytes`.
+    leaves: the parameters.
+    batch: the examples, a pytree of arrays that `losses_fn` closes over.
+
+  Returns:
+    The ratio; infinite if all parameters enter loops. Outside of `jit` and similar
+    transformations, recomputation and loops are ignored, because operations run in the
+    order of the program.
+  """
+  activations, parameters = residual_bytes(vjp_fn, (leaves, batch)), num_bytes(leaves)
+  is_traced = any(isinstance(x, jax.core.Tracer) for x in (*leaves, *_arrays(batch)))
+  # If the activations take more memory anyway, the losses need not be traced again.
+  if is_traced and activations < parameters:
+    closed = jax.make_jaxpr(losses_fn)(leaves)
+    batch_ids = {id(x) for x in jax.tree.leaves(batch)}
+    kinds = [
+      _Kind.DATA if id(x) in batch_ids else _Kind.CONSTANT for x in closed.consts
+    ]
+    kinds += [_Kind.PARAMS] * len(leaves)
+    in_loops, has_checkpoint = _walk(closed.jaxpr, kinds)[:2]
+    parameters = max(parameters - in_loops, 0)
+    if has_checkpoint:
+      activations = _stored_bytes(closed, leaves, batch)
+  return activations / parameters if parameters else float("inf")
+
+
+_Kind = parameter_uses.Kind
+
+
+def _arrays(tree):
+  return [x for x in jax.tree.leaves(tree) if base.is_array(x)]
+
+
+def _walk(jaxpr, kinds):
+  """What a direction that is used layer by layer depends on; see `activation_ratio`.
+
+  Args:
+    jaxpr: the operations.
+    kinds: a `parameter_uses.Kind` for each of its constants and inputs.
+
+  Returns:
+    The size in bytes of the parameters that enter loops over examples; whether a
+    `jax.checkpoint` outside of loops takes parameters and examples; the kinds of the
+    outputs.
+  """
+  kind_of = dict(zip((*jaxpr.constvars, *jaxpr.invars), kinds, strict=True))
+
+  def read(atom):
+    return _Kind.CONSTANT if isinstance(atom, jax_core.Literal) else kind_of[atom]
+
+  in_loops, has_checkpoint = 0, False
+  for eqn in jaxpr.eqns:
+    inputs = [read(v) for v in eqn.invars]
+    outputs = [max(inputs, default=_Kind.CONSTANT)] * len(eqn.outvars)
+    is_mixed = _Kind.PARAMS in inputs and _Kind.DATA in inputs
+    call = batch_axes.inner_jaxpr(eqn)
+    if call is not None:
+      inner, consts = call
+      inner_kinds = [*[_Kind.CONSTANT] * len(consts), *inputs]
+      num_bytes_inside, has_inside, outputs = _walk(inner, inner_kinds)
+      in_loops += num_bytes_inside
+      is_checkpoint = eqn.primitive.name in parameter_uses.CHECKPOINTS
+      has_checkpoint |= has_inside or (is_checkpoint and is_mixed)
+    elif eqn.primitive.name == "scan" and is_mixed:
+      pairs = zip(eqn.invars, inputs, strict=True)
+      avals = [v.aval for v, kind in pairs if kind == _Kind.PARAMS]
+      in_loops += sum(x.size * x.dtype.itemsize for x in avals)
+    kind_of |= dict(zip(eqn.outvars, outputs, strict=True))
+  return in_loops, has_checkpoint, [read(v) for v in jaxpr.outvars]
+
+
+def _stored_bytes(closed, leaves, batch):
+  """`residual_bytes` if nothing is recomputed outside of loops."""
+  sizes = []
+
+  def inline(eqn, inputs):
+    if eqn.primitive.name not in parameter_uses.CHECKPOINTS:
+      return None
+    jaxpr, consts = batch_axes.inner_jaxpr(eqn)
+    return parameter_uses.run(jaxpr, consts, inputs, inline)
+
+  def losses_fn(leaves):
+    return parameter_uses.run(closed.jaxpr, closed.consts, leaves, inline)[0]
+
+  def count(leaves):
+    losses, vjp_fn = jax.vjp(losses_fn, leaves)
+    sizes.append(residual_bytes(vjp_fn, (leaves, batch)))
+    return losses
+
+  jax.eval_shape(count, leaves)
+  return sizes[0]
 
 
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:

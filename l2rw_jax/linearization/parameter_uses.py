@@ -28,7 +28,8 @@ from l2rw_jax.linearization import batch_axes
 _BROADCASTING = ("add", "sub", "mul", "div", "max", "min", "pow")
 # Operations whose derivative with respect to one input does not depend on the others.
 _INDEPENDENT = ("add_any", "concatenate")
-_CHECKPOINTS = ("checkpoint", "remat2")
+# Names of the operation of `jax.checkpoint`.
+CHECKPOINTS = ("checkpoint", "remat2")
 
 
 class NotLayerwiseError(base.InputError):
@@ -462,7 +463,7 @@ class Plan:
       outputs = self._add_scan(eqn, inputs) if name == "scan" else None
       if name == "optimization_barrier":
         outputs = self._add_barrier(inputs)
-      if outputs is None and name in _CHECKPOINTS and self._recompute:
+      if outputs is None and name in CHECKPOINTS and self._recompute:
         outputs = self._add_recomputed(eqn, inputs)
       if outputs is not None:
         return outputs
@@ -587,7 +588,7 @@ class Plan:
       if padding_value.is_parameter and not array.is_parameter:
         # JAX fails to transpose the derivative with respect to the value alone.
         error = self._error("a pad, whose padding value is a parameter", eqn, inputs)
-    is_call = eqn.primitive.name in _CHECKPOINTS
+    is_call = eqn.primitive.name in CHECKPOINTS
     if error is None and is_call and any(v.kind == Kind.DATA for v in inputs):
       error = self._error("a jax.checkpoint takes parameters", eqn, inputs)
     return error
@@ -963,6 +964,37 @@ def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
   with eqn.ctx.manager:
     results = eqn.primitive.bind(*inputs, **params)
   return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def run(
+  jaxpr: Any,
+  consts: Sequence[Any],
+  args: Sequence[Any],
+  replace: Callable[[Any, list[Any]], list[Any] | None],
+) -> list[Any]:
+  """The outputs of a jaxpr, some of whose operations are replaced.
+
+  Args:
+    jaxpr: the operations. Calls are inlined if `batch_axes.inlined` allows it.
+    consts: values of its constants.
+    args: its inputs.
+    replace: `(equation, inputs) -> outputs`, or None to leave an operation unchanged.
+  """
+  env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+  def read(atom):
+    return atom.val if isinstance(atom, jax_core.Literal) else env[atom]
+
+  for eqn in jaxpr.eqns:
+    inputs = [read(v) for v in eqn.invars]
+    call = batch_axes.inlined(eqn)
+    if call is not None:
+      inner, inner_consts = call
+      outputs = run(inner, inner_consts, inputs, replace)
+    else:
+      outputs = replace(eqn, inputs) or bind(eqn, inputs)
+    env.update(zip(eqn.outvars, outputs, strict=True))
+  return [read(v) for v in jaxpr.outvars]
 
 
 def zeros(aval: Any) -> base.Array:
