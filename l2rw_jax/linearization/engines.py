@@ -73,9 +73,10 @@ def linearize(
                            more than 10% from the derivative of their values
                            (straight-through, gradient reversal) are refused.
   auto                     The default: layerwise if the model allows it, else
-                           forward. For a `jax.checkpoint` that takes parameters:
-                           forward, which is cheaper there, unless the model has
-                           a `jax.custom_vjp`.
+                           forward. If a fourth of the FLOPs or more are in a
+                           `jax.checkpoint` that takes parameters: forward, which
+                           is cheaper there, unless the model has a
+                           `jax.custom_vjp`.
   ============  =========  ====================================================
 
   Args:

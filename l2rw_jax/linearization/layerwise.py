@@ -70,7 +70,8 @@ def linearize(
     batch: pytree; arrays whose first axis is B contain the examples.
     names: names of the leaves, for error messages.
     recompute: whether a `jax.checkpoint` may take parameters. None allows it only if
-      there is a `jax.custom_vjp`, for which the cheaper forward mode does not apply.
+      forward mode is not cheaper, because little is recomputed, or does not apply,
+      because there is a `jax.custom_vjp`.
 
   Returns:
     A tuple of losses [B]; directional, `list like leaves -> [B]`; weighted_gradient,

@@ -14,6 +14,7 @@ from one iteration to the next (counters, keys).
 from collections.abc import Callable, Iterable, Sequence
 import enum
 import functools
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -923,14 +924,34 @@ def trace(
   """
   closed, shapes = jax.make_jaxpr(losses_fn, return_shape=True)(leaves, batch)
   size = shapes[0].shape[0]
-  if recompute is None:
-    recompute = any(map(_has_custom_vjp, closed.jaxpr.eqns))
+  arrays = jax.tree.leaves(batch)
+
+  def planned(recompute):
+    return _plan(closed, arrays, len(leaves), size, names, recompute)
+
+  plan, env, outputs = planned(recompute is None or recompute)
+  if recompute is None and not any(map(_has_custom_vjp, closed.jaxpr.eqns)):
+    stored, recomputed = _flops_of_plan(plan)
+    # The costs of a forward pass of `stored` and `recomputed` operations are multiplied
+    # by 4 and 9 in the layerwise engine, and by 5 and 6 in forward mode.
+    if recomputed and stored <= 3 * recomputed:
+      plan, env, outputs = planned(False)
+  losses = outputs[0]
+  if losses.error is not None:
+    raise losses.error
+  if losses.kind != Kind.DATA or losses.axis != 0:
+    raise NotLayerwiseError("the losses are not computed row by row from the batch")
+  plan.run(Kind.CONSTANT, env)
+  return plan, env, outputs, jax.tree.structure(shapes[1])
+
+
+def _plan(closed, arrays, num_leaves, size, names, recompute):
+  """A plan, an environment with its constants and the batch, and its outputs."""
   plan = Plan(names, recompute=recompute)
   env: dict[Any, Any] = {}
   avals = [v.aval for v in closed.jaxpr.invars]
-  args = [plan.place(Kind.PARAMS, avals[i], leaf=i) for i in range(len(leaves))]
-  arrays = jax.tree.leaves(batch)
-  for array, aval in zip(arrays, avals[len(leaves) :], strict=True):
+  args = [plan.place(Kind.PARAMS, avals[i], leaf=i) for i in range(num_leaves)]
+  for array, aval in zip(arrays, avals[num_leaves:], strict=True):
     is_data = jnp.shape(array)[:1] == (size,)
     kind, axis = (Kind.DATA, 0) if is_data else (Kind.CONSTANT, None)
     args.append(plan.place(kind, aval, axis))
@@ -943,14 +964,45 @@ def trace(
     if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
   }
   env.update(zip([value.place for value in consts], closed.consts, strict=True))
-  outputs = plan.add(closed.jaxpr, consts, args)
-  losses = outputs[0]
-  if losses.error is not None:
-    raise losses.error
-  if losses.kind != Kind.DATA or losses.axis != 0:
-    raise NotLayerwiseError("the losses are not computed row by row from the batch")
-  plan.run(Kind.CONSTANT, env)
-  return plan, env, outputs, jax.tree.structure(shapes[1])
+  return plan, env, plan.add(closed.jaxpr, consts, args)
+
+
+def _flops_of_plan(plan):
+  """FLOPs of operations on examples: those that are stored, those that are recomputed.
+
+  Operations inside several `jax.checkpoint` are recomputed, and counted, several times.
+  """
+  stored, recomputed = 0, 0
+  for step in plan.steps:
+    if step.kind != Kind.DATA:
+      continue
+    if isinstance(step, Step):
+      stored += flops(step.eqn)
+      continue
+    inner_stored, inner_recomputed = _flops_of_plan(step.body)
+    if isinstance(step, Loop):
+      stored += step.length * inner_stored
+      recomputed += step.length * inner_recomputed
+    else:
+      recomputed += inner_stored + 2 * inner_recomputed
+  return stored, recomputed
+
+
+def flops(eqn: Any) -> int:
+  """FLOPs of an operation, without terms of lower order."""
+  size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+  if eqn.primitive.name == "dot_general":
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return 2 * size * math.prod(eqn.invars[0].aval.shape[a] for a in contracted)
+  if eqn.primitive.name == "conv_general_dilated":
+    kernel = eqn.invars[1].aval
+    outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * size * kernel.size // outputs
+  if eqn.primitive.name == "scan":
+    loop = batch_axes.scan(eqn)
+    return loop.length * sum(map(flops, loop.jaxpr.eqns))
+  call = batch_axes.inner_jaxpr(eqn)
+  return size if call is None else sum(map(flops, call[0].eqns))
 
 
 def value_of(value: Value, env: dict[int, Any]) -> Any:

@@ -7,7 +7,6 @@ gradients are those of the whole network.
 """
 
 from collections.abc import Callable, Sequence, Sized
-import math
 import numbers
 from typing import Any, TypeAlias
 
@@ -171,7 +170,9 @@ def _last(share, losses_fn, params, batch, has_aux):
       for leaf in sources:
         last_use[leaf] = position
       if sources:
-        costs[max(sources, key=lambda leaf: leaves[leaf].size)] += _flops(step.eqn)
+        costs[max(sources, key=lambda leaf: leaves[leaf].size)] += parameter_uses.flops(
+          step.eqn
+        )
   order = sorted(range(len(leaves)), key=lambda leaf: (-last_use[leaf], costs[leaf]))
   # A kernel and its bias form a layer. The bias alone would cost nearly nothing.
   layers: list[list[int]] = [[]]
@@ -195,16 +196,3 @@ def _last(share, losses_fn, params, batch, has_aux):
       " raise the share, or name the layers."
     )
   return is_used
-
-
-def _flops(eqn):
-  """FLOPs of an operation, without terms of lower order."""
-  size = math.prod(eqn.outvars[0].aval.shape)
-  if eqn.primitive.name == "dot_general":
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    return 2 * size * math.prod(eqn.invars[0].aval.shape[a] for a in contracted)
-  if eqn.primitive.name == "conv_general_dilated":
-    kernel = eqn.invars[1].aval
-    outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * size * kernel.size // outputs
-  return size

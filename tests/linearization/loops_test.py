@@ -347,6 +347,31 @@ def test_auto_takes_the_cheapest_engine_that_supports_the_model():
   assert engines == ["layerwise", "layerwise", "forward"]
 
 
+def test_auto_recomputes_the_layers_for_each_derivative_if_few_are_recomputed():
+  params = {"kernels": jnp.ones((3, 64, 64)), "scales": jnp.ones((3, 64))}
+  x = jnp.ones((_B, 64))
+
+  @jax.checkpoint
+  def norm(h, scale):
+    return h * jax.lax.rsqrt((h**2).mean(1, keepdims=True) + 1) * scale[None]
+
+  def losses_fn(params, x):
+    for kernel, scale in zip(params["kernels"], params["scales"], strict=True):
+      x = x + jnp.tanh(norm(x, scale) @ kernel)
+    return (x**2).sum(1)
+
+  def lowered(engine, losses_fn):
+    return jax.jit(lambda *args: _results(losses_fn, *args, engine)).lower(params, x)
+
+  flops = {
+    name: lowered(name, losses_fn).cost_analysis()["flops"]
+    for name in ("auto", "layerwise", "forward")
+  }
+  assert flops["auto"] == flops["layerwise"] < 0.95 * flops["forward"]
+  whole = [lowered(name, jax.checkpoint(losses_fn)) for name in ("auto", "forward")]
+  assert whole[0].as_text() == whole[1].as_text()
+
+
 def _mixing(backward):
   function = jax.custom_vjp(jnp.sin)
   function.defvjp(lambda h: (jnp.sin(h), h), backward)
