@@ -528,38 +528,60 @@ def _kernel_gradients(step, inputs, slope):
 
 
 def _embedding_factors(step, inputs, slope, permutation):
-  """Factors of a lookup in a table."""
+  """Factors of a lookup in a table, whose rows may have several indices."""
   params, (table, indices) = step.eqn.params, inputs
   numbers, axis = params["dimension_numbers"], step.inputs[1].axis
-  if step.param_inputs != [0] or axis is None or indices.shape[-1] != 1:
+  if step.param_inputs != [0] or axis is None:
     return None
-  (row,) = numbers.start_index_map
-  sizes = list(table.shape)
-  sizes[row] = 1
-  if (
-    tuple(numbers.collapsed_slice_dims) != (row,)
-    or numbers.operand_batching_dims
-    or list(params["slice_sizes"]) != sizes
+  start = {a: indices[..., j] for j, a in enumerate(numbers.start_index_map)}
+  batching = zip(
+    numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+  )
+  start |= {
+    a: jax.lax.broadcasted_iota(jnp.int32, indices.shape[:-1], i) for a, i in batching
+  }
+  sizes = params["slice_sizes"]
+  is_row = [a in start and size == 1 for a, size in enumerate(sizes)]
+  if not any(is_row) or any(
+    size < whole and not row
+    for size, whole, row in zip(sizes, table.shape, is_row, strict=True)
   ):
     return None
-  index = jnp.moveaxis(indices[..., 0], axis, 0)
-  index = index.reshape(index.shape[0], 1, -1)
-  columns = [a for a in range(table.ndim) if a != row]
-  ordered = sorted(columns, key=lambda a: permutation[a])
+
+  def ordered(axes):
+    return sorted(axes, key=lambda a: permutation[a])
+
+  rows = ordered(a for a in range(table.ndim) if is_row[a])
+  columns = [a for a in range(table.ndim) if not is_row[a]]
+  index: Any = 0
+  for a in rows:
+    size = table.shape[a]
+    index = index * size + jnp.clip(start[a], 0, size - 1).astype(jnp.int32)
+  inside: Any = True
+  for a in start:
+    inside &= (start[a] >= 0) & (start[a] <= table.shape[a] - sizes[a])
+
+  def by_example(x):
+    x = jnp.moveaxis(x, axis, 0)
+    return x.reshape(x.shape[0], 1, -1)
+
+  index, inside = by_example(index), by_example(inside)
   positions = [a for a in range(slope.ndim) if a not in numbers.offset_dims]
   first = positions.pop(axis)
+  removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+  window = [a for a in range(table.ndim) if a not in removed]
+  offsets = dict(zip(window, numbers.offset_dims, strict=True))
+  ones = [offsets[a] for a in rows if a in offsets]  # Axes of size one.
   right = slope.transpose(
-    first, *positions, *(numbers.offset_dims[columns.index(a)] for a in ordered)
+    first, *positions, *ones, *(offsets[a] for a in ordered(columns))
   ).reshape(*index.shape, -1)
-  inside = (index >= 0) & (index < table.shape[row])
   if params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
     right = jnp.where(inside[..., None], right, jnp.zeros_like(right))
-  index = jnp.clip(index, 0, table.shape[row] - 1)
   shape = [0] * table.ndim
   for a, size in zip(permutation, table.shape, strict=True):
     shape[a] = size
-  axes = ((), (permutation[row],), tuple(permutation[a] for a in ordered))
-  return tuple(shape), axes, index, right
+  axes = tuple(tuple(permutation[a] for a in x) for x in (rows, ordered(columns)))
+  return tuple(shape), ((), *axes), index, right
 
 
 _FACTORS = {

@@ -14,7 +14,7 @@ The second form, the *ghost product*, is cheap if an example has few positions. 
 first form is cheap if it has many, and is also what a plain gradient computes. The form
 with fewer FLOPs is selected for every parameter:
 
-* Dense layers, convolutions (as dense layers of patches) and embeddings (whose
+* Dense layers, convolutions (as dense layers of patches) and lookups in tables (whose
   activations are one-hot) have both forms.
 * For scales, biases and all other operations, g_i is formed; it is small for most of
   them.
