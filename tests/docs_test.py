@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
@@ -152,9 +153,12 @@ def test_code_of_your_own_training_loop(tmp_path, monkeypatch):
 def test_an_empty_sequence_of_the_page_has_loss_0():
   (source,) = (b for b in code_blocks(DOCS / "training_loop.md") if "def tokens" in b)
   definitions = source.partition("\nvalue_and_grad = ")[0]
-  names = {"jnp": jnp, "np": np, "losses": losses, "rng": np.random.default_rng(0)}
+  rng = np.random.default_rng(0)
+  names = {"jax": jax, "jnp": jnp, "np": np, "losses": losses, "rng": rng}
   exec(compile(definitions, "training_loop.md", "exec"), names)
   text, losses_fn = names["text"], jax.jit(names["sequence_losses"])
+  linearized = linearization.linearize(losses_fn, names["params"], text)
+  assert linearized.engine == "layerwise"  # As the page says.
   before = losses_fn(names["params"], text)
   is_empty = np.arange(8) == 3
   masked = {**text, "mask": text["mask"] & ~is_empty[:, None]}
