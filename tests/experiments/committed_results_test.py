@@ -147,6 +147,14 @@ def test_every_row_names_its_origin(path):
       ["generalized_cross_entropy", "clean_only"],
       3,
     ),
+    (
+      "mnist_noise/cosine_07_losses",
+      [
+        *("symmetric_cross_entropy", "bootstrapping_soft", "bootstrapping_hard"),
+        *("forward_correction", "absgd", "clean_only"),
+      ],
+      3,
+    ),
     ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
     # Three noises by two scales of the pixels.
     ("mnist_noise_bare", ["uniform", "bare"], 6 * 3),
