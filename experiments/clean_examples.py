@@ -229,7 +229,6 @@ def make_method(
     lookahead_rate: learning rate of the look-ahead of Meta-Weight-Net.
   """
   variants = {
-    "early_stopped": baselines.uniform,
     "no_clean_data": (
       baselines.generalized_cross_entropy if is_noisy else baselines.balanced_softmax
     ),

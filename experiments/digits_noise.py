@@ -42,10 +42,13 @@ from l2rw_jax.training import results as results_lib
 
 METHODS = (
   *("uniform", "random", "class_proportion", "resampling"),
-  *("clean_only", "fine_tuning", "fine_tuning_restarted"),
+  *("clean_only", "fine_tuning", "fine_tuning_restarted", "early_stopped"),
   "l2rw",
 )
-_COMPARED = ("uniform", "clean_only", "fine_tuning", "fine_tuning_restarted", "l2rw")
+_COMPARED = (
+  *("uniform", "clean_only", "fine_tuning", "fine_tuning_restarted", "early_stopped"),
+  "l2rw",
+)
 _NUM_SHOWN, _NUM_PICTURES = 12, 500
 
 
@@ -119,7 +122,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   names = settings_lib.choose("methods", settings.methods, METHODS)
   num_classes = settings.load("train").num_classes
   model = classifier.Classifier(mlp.MLP(num_classes), num_classes)
-  config = settings.config()
+  config = settings.config(eval_every=100)
   splits = functools.partial(make_splits, settings)
   cosine = settings.schedule == "cosine"
   optimizer = optimizers.OptimizerConfig(

@@ -5,7 +5,8 @@ training documents are corrupted: one third of these are shuffled bytes, one thi
 English prose, and one third are random bytes. A few documents are known to be clean,
 and L2RW and Meta-Weight-Net use them to weight the others. They are compared with
 uniform weights, with training without the documents that have a large loss, with
-training on the clean documents alone, and with fine-tuning on the clean documents.
+training on the clean documents alone, with fine-tuning on the clean documents, and with
+uniform training that stops early on them.
 Command: python -m experiments.lm_reweight
 Device, time: 2 CPU cores, 10 minutes with --num_steps=400 --num_seeds=2.
 Published: no comparable number. Measured: results/lm_reweight.
@@ -45,7 +46,7 @@ from l2rw_jax.training import results as results_lib
 
 METHODS = (
   *("uniform", "small_loss", "clean_only", "fine_tuning", "fine_tuning_restarted"),
-  *("l2rw", "meta_weight_net"),
+  *("early_stopped", "l2rw", "meta_weight_net"),
 )
 # Width of an attention head.
 _HEAD = 16
@@ -205,8 +206,8 @@ def suspicion(
 
   The number is the share of steps in which the document had weight zero, or minus its
   mean weight if the method gives no zero weights. For uniform training, it is the loss
-  of the trained network. The result is None for clean_only and the methods of
-  fine-tuning.
+  of the trained network. The result is None for clean_only, early_stopped and the
+  methods of fine-tuning.
   """
   if name == "uniform":
     problem = model.problem(
@@ -328,7 +329,8 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
       rows.append(
         {
           "method": cell.method_name,
-          "bits_per_byte": float(curve.values[-1]),
+          # That of early_stopped is at the step that was chosen.
+          "bits_per_byte": result.metrics["last"]["loss"] / math.log(2),  # From nats.
           "bits_in_uniform_time": None,
           **recovered(values, np.asarray(split.train.group)),
           "seconds": float(curve.seconds[-1]),

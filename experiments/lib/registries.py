@@ -345,6 +345,8 @@ def simple_method(
     "fine_tuning": fine_tuning,
     # `optimizers.OptimizerConfig.for_method` starts the schedule again.
     "fine_tuning_restarted": fine_tuning,
+    # `runner.train` reports the metrics at the step of the lowest loss on the clean set.
+    "early_stopped": lambda: baselines.uniform()._replace(needs_meta=True),
     "l2rw": l2rw.l2rw,
     **(variants or {}),
   }
@@ -476,10 +478,7 @@ NOISE: dict[str, Factory] = {
   "clean_only": _simple("clean_only"),
   "fine_tuning": _simple("fine_tuning"),
   "fine_tuning_restarted": _simple("fine_tuning_restarted"),
-  # `runner.train` chooses the step of this method by the loss on the clean set.
-  "early_stopped": lambda settings, problem: baselines.uniform()._replace(
-    needs_meta=True
-  ),
+  "early_stopped": _simple("early_stopped"),
   "self_paced": _curriculum("self_paced", "self_paced"),
   "focal_weight": _curriculum("focal", "focal"),
   "pd_mixture": _curriculum("pd_mixture", "pd"),

@@ -15,7 +15,7 @@ def _save(path, pixels, **options):
 def test_a_gray_image_is_read_as_it_is(tmp_path):
   pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
   path = _save(tmp_path / "a.png", pixels)
-  assert image_files.header(path) == (4, 6, True)
+  assert image_files.header(path) == (4, 6, True, False)
   np.testing.assert_array_equal(image_files.read(path, (4, 6), 1), pixels[..., None])
   color = image_files.read(path, (4, 6), 3)
   np.testing.assert_array_equal(color, np.repeat(pixels[..., None], 3, axis=2))
@@ -26,7 +26,7 @@ def test_the_rotation_that_a_camera_stored_is_applied(tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6  # The camera was turned: the upright image is rotated clockwise.
   path = _save(tmp_path / "a.png", pixels, exif=exif)
-  assert image_files.header(path) == (6, 4, True)
+  assert image_files.header(path) == (6, 4, True, False)
   upright = image_files.read(path, (6, 4), 1)[..., 0]
   np.testing.assert_array_equal(upright, np.rot90(pixels, -1))
 
@@ -47,6 +47,7 @@ def test_transparent_pixels_become_white(tmp_path):
 
 def test_16_bits_are_scaled_and_not_clipped(tmp_path):
   path = _save(tmp_path / "a.png", np.array([[0, 257, 65535]], np.uint16))
+  assert image_files.header(path).is_deep
   np.testing.assert_array_equal(image_files.read(path, (1, 3), 1).ravel(), [0, 1, 255])
   with pytest.raises(ValueError, match="between -1 and 70000: convert it to 8 or 16"):
     image_files.to_8_bits(Image.fromarray(np.array([[-1, 70_000]], np.int32)))
