@@ -345,7 +345,7 @@ def simple_method(
     "fine_tuning": fine_tuning,
     # `optimizers.OptimizerConfig.for_method` starts the schedule again.
     "fine_tuning_restarted": fine_tuning,
-    # `runner.train` reports the metrics at the step of the lowest loss on the clean set.
+    # `runner.train` reports the metrics at the lowest loss on the clean set.
     "early_stopped": lambda: baselines.uniform()._replace(needs_meta=True),
     "l2rw": l2rw.l2rw,
     **(variants or {}),
