@@ -211,7 +211,7 @@ def draw(
     left.set_yticks(range(len(by_method)), list(by_method))
     left.invert_yaxis()
     left.set_xlim(0, 100)
-    left.set_xlabel("test accuracy after the last step (%)")
+    left.set_xlabel("test accuracy (%)")
     name = pathlib.PurePath(settings.dataset).name
     left.set_title(f"{name}, {ranking.is_wrong.mean():.0%} wrong labels")
     if weights:
