@@ -324,9 +324,9 @@ def averaged_weights(learning_rate: float, weight_learning_rate: float) -> Solve
 
   It differs from `kept_weights` in three points. The derivative of the meta loss with
   respect to a weight is taken at z, without a look-ahead. The gradient of the meta loss
-  is an average over the past meta batches, with a decay of 0.99, because that of one
-  batch of 64 examples is mostly noise. A weight is max(a, 0) for a number a that may
-  fall below 0, so that the past of an example with weight 0 is not forgotten.
+  is a moving average over the meta batches, with a decay of 0.99. A weight is max(a, 0)
+  for a number a that may fall below 0, so that the past of an example with weight 0 is
+  not forgotten.
 
   Args:
     learning_rate: initial learning rate of z.
@@ -347,7 +347,8 @@ def averaged_weights(learning_rate: float, weight_learning_rate: float) -> Solve
     average += (1 - decay) * _outer_gradient(state, meta_batch)
     # The average starts at 0, so its coefficients do not sum to 1 at first.
     outer = average / (1 - decay ** (step.astype(jnp.float32) + 1))
-    # With w_i in sum_i w_i l_i / B, a step of SGD changes the meta loss by minus this.
+    # Minus the derivative, with respect to w_i, of the meta loss after a step of SGD on
+    # sum_i w_i l_i / B.
     scores = learning_rate * linearized.directional(outer) / sizes.batch_size
     change = _cosine(weight_learning_rate, sizes, step) * scores
     weights = _rows(state["weights"], batch) + change

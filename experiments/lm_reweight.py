@@ -6,7 +6,7 @@ English prose, and one third are random bytes. A few documents are known to be c
 and L2RW and Meta-Weight-Net use them to weight the others. They are compared with
 uniform weights, with training without the documents that have a large loss, with
 training on the clean documents alone, with fine-tuning on the clean documents, and with
-uniform training that stops early on them.
+uniform training that stops at the lowest loss on them.
 Command: python -m experiments.lm_reweight
 Device, time: 2 CPU cores, 10 minutes with --num_steps=400 --num_seeds=2.
 Published: no comparable number. Measured: results/lm_reweight.
@@ -329,7 +329,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
       rows.append(
         {
           "method": cell.method_name,
-          # That of early_stopped is at the step that was chosen.
+          # For early_stopped, this is the value at the chosen step.
           "bits_per_byte": result.metrics["last"]["loss"] / math.log(2),  # From nats.
           "bits_in_uniform_time": None,
           **recovered(values, np.asarray(split.train.group)),

@@ -692,7 +692,7 @@ def _state(gradient, vector, value_slope) -> base.Array:
       small.setdefault(key, []).append((g.reshape(-1), v.reshape(-1)))
   for pairs in small.values():
     large.append(tuple(jnp.concatenate(arrays) for arrays in zip(*pairs, strict=True)))
-  # A state for every entry would be one more array of the size of the parameters.
+  # Reduce first: a state for every entry would take as much memory as the parameters.
   maxima = [(_largest(g), _largest(v)) for g, v in large or [(jnp.zeros(1),) * 2]]
   g, v = (jnp.stack(numbers) for numbers in zip(*maxima, strict=True))
   unused = jnp.where(g == 0, _State.ZERO, _State.IGNORED)

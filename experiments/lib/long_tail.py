@@ -35,7 +35,7 @@ _COLORS = {"many_percent": "C2", "medium_percent": "C1", "few_percent": "C3"}
 class Settings(
   registries.LongTailSettings, trusted.Settings, optimizers.Settings, runner.Settings
 ):
-  """The flags of both scripts; each has another `UNSET`."""
+  """The flags of both scripts, which set different values of `UNSET`."""
 
   EXTENDABLE = ("methods", "imbalance", "mentor")
 

@@ -37,7 +37,7 @@ _TUNED_ON_TEST = {
     ("mentornet_.*", "the percentile with which MentorNet compares losses"),
   ),
   "mnist_long_tail": ((".*", "the learning rate, the same for all methods"),),
-  "fairness": ((".*forml_.*", "FORML's step"),),
+  "fairness": ((".*forml_.*", "FORML's step size"),),
 }
 
 

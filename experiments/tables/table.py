@@ -135,8 +135,8 @@ class Table(NamedTuple):
     name: name of the experiment's folder.
     layout: layout of the table.
     lines: lines of the table, in the order of their first rows.
-    tuned_on_test: pairs of a pattern that matches names of methods and of the setting
-      of these methods that was chosen by test accuracy. The names are marked.
+    tuned_on_test: (pattern, setting) pairs: the methods whose names match the pattern
+      have this setting, which was chosen by test accuracy. The names are marked.
   """
 
   name: str

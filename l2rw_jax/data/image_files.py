@@ -20,7 +20,7 @@ class Header(NamedTuple):
     height: height of the upright image in pixels.
     width: width of the upright image in pixels.
     is_gray: whether the image has no color.
-    is_deep: whether it has more than 8 bits per pixel, which `to_8_bits` scales.
+    is_deep: whether pixels are integers of 16 or 32 bits, which `to_8_bits` scales.
   """
 
   height: int

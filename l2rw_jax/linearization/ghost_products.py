@@ -528,7 +528,7 @@ def _kernel_gradients(step, inputs, slope):
 
 
 def _embedding_factors(step, inputs, slope, permutation):
-  """Factors of a lookup in a table, whose rows may have several indices."""
+  """Factors of a lookup in a table; several indices may select a row."""
   params, (table, indices) = step.eqn.params, inputs
   numbers, axis = params["dimension_numbers"], step.inputs[1].axis
   if step.param_inputs != [0] or axis is None:

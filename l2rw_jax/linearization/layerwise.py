@@ -69,9 +69,9 @@ def linearize(
     leaves: floating-point or complex arrays.
     batch: pytree; arrays whose first axis is B contain the examples.
     names: names of the leaves, for error messages.
-    recompute: whether a `jax.checkpoint` may take parameters. None allows it only if
-      forward mode is not cheaper, because little is recomputed, or does not apply,
-      because there is a `jax.custom_vjp`.
+    recompute: whether a `jax.checkpoint` may take parameters. None allows it if
+      forward mode would not be cheaper (little is recomputed) or does not apply
+      (there is a `jax.custom_vjp`).
 
   Returns:
     A tuple of losses [B]; directional, `list like leaves -> [B]`; weighted_gradient,

@@ -129,7 +129,7 @@ def _arrays(tree):
 
 
 def _walk(jaxpr, kinds):
-  """What a direction that is used layer by layer depends on; see `activation_ratio`.
+  """Finds loops and checkpoints that take parameters; see `activation_ratio`.
 
   Args:
     jaxpr: the operations.

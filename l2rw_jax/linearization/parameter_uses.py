@@ -381,7 +381,7 @@ class Plan:
     self.steps: list[Step | Loop | Recomputed] = []
     self._recompute = recompute
     self.consts: Places = []  # Empty unless this plan is a loop's body.
-    # Values that are numbers, not tracers; None if that was tried in vain.
+    # Values that are numbers, not tracers; None if the number cannot be computed.
     self.known: dict[int, Any] = {}
     self._names = names
     self._outer = outer
@@ -551,7 +551,7 @@ class Plan:
     known = self.known.get(value.place, value.literal)
     if value.place in producers and value.place not in self.known:
       step = producers[value.place]
-      # Unknown values are stored, too: paths to one may be exponentially many.
+      # Store unknown values, too: exponentially many paths may lead to one of them.
       self.known |= dict.fromkeys(step.outputs)
       inputs = [self._number(x, producers) for x in step.inputs]
       if step.eqn.effects or any(x is None for x in inputs):
@@ -932,8 +932,8 @@ def trace(
   plan, env, outputs = planned(recompute is None or recompute)
   if recompute is None and not any(map(_has_custom_vjp, closed.jaxpr.eqns)):
     stored, recomputed = _flops_of_plan(plan)
-    # The costs of a forward pass of `stored` and `recomputed` operations are multiplied
-    # by 4 and 9 in the layerwise engine, and by 5 and 6 in forward mode.
+    # The layerwise engine costs 4 * stored + 9 * recomputed FLOPs, and forward mode
+    # costs 5 * stored + 6 * recomputed.
     if recomputed and stored <= 3 * recomputed:
       plan, env, outputs = planned(False)
   losses = outputs[0]
@@ -968,9 +968,9 @@ def _plan(closed, arrays, num_leaves, size, names, recompute):
 
 
 def _flops_of_plan(plan):
-  """FLOPs of operations on examples: those that are stored, those that are recomputed.
+  """FLOPs of operations on examples, outside and inside of `jax.checkpoint`.
 
-  Operations inside several `jax.checkpoint` are recomputed, and counted, several times.
+  Operations inside nested `jax.checkpoint` are recomputed, and counted, several times.
   """
   stored, recomputed = 0, 0
   for step in plan.steps:

@@ -209,7 +209,7 @@ def as_integers(
 
 
 def _warn_of_missing_groups(split, needs_meta):
-  """Logs the parts that have no groups if others have some: classes replace them."""
+  """Logs a warning if only some parts of the data have groups."""
   parts = {"train": split.train, "test": split.test}
   if needs_meta:
     parts["meta"] = split.meta

@@ -36,8 +36,8 @@ class Timer:
       seconds: seconds of training so far.
       evaluations: (step, seconds) at each evaluation so far.
       untimed_steps: number of steps so far whose time is unknown.
-      refreshes: the step before which each refresh so far changed the state of the
-        method, and the seconds that it took.
+      refreshes: (step, seconds) of each refresh so far that changed the state of the
+        method: the number of steps taken before it, and its duration.
     """
     self._untimed_steps = untimed_steps
     self._seconds = seconds

@@ -300,8 +300,8 @@ def test_layers_whose_direction_is_held_whole_keep_one_batch_at_a_time(
 ):
   """The parameters take more memory than the activations that plain training stores.
 
-  The direction is held whole all the same (1 P), because it is a result of a whole
-  loop, or because the activations that give its layers one by one are recomputed.
+  The whole direction (1 P) is nevertheless in memory: it is a result of a whole loop,
+  or is computed from activations that are not stored but recomputed.
   """
   kernels = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   plain = _relative_bytes(_mean_gradient, losses_fn, kernels, 96)

@@ -17,7 +17,8 @@ from l2rw_jax.data.own_data import csv_files
 # images, in a fraction of the time.
 _LARGEST_SIDE = 64
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
-# The brightest pixel, of 255, of images of 12 bits in files of 16 bits.
+# If a file of 16 bits has an image of 12 bits, no pixel exceeds this after the
+# conversion to 8 bits.
 _BRIGHTEST_OF_12_BITS = 16
 # Folders with these names are parts of a data set, not classes.
 _PART_NAMES = frozenset(
@@ -302,7 +303,7 @@ def decode(
 
 
 def _note_dark_images(images: np.ndarray, notes: list[str]) -> None:
-  """Appends a note if images of files of 16 bits, uint8 [N, ...], use few gray levels.
+  """Appends a note if images, uint8 [N, ...], from files of 16 bits are nearly black.
 
   Cameras and scanners often store 10 or 12 bits in such files.
   """
