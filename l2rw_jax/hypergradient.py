@@ -358,6 +358,7 @@ def direction(
         losses_vjp,
         lookahead_leaves,
         meta_batch,
+        losses.size,
       )
       / losses.size
     )

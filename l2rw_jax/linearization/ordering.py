@@ -8,7 +8,7 @@ always 0, but that no compiler can simplify.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jax_core
@@ -84,6 +84,7 @@ def activation_ratio(
   vjp_fn: base.PyTree,
   leaves: list[base.Array],
   batch: Any,
+  num_examples: int,
 ) -> float:
   """The memory of the activations divided by that of the parameters of layers.
 
@@ -98,71 +99,95 @@ def activation_ratio(
     vjp_fn: the backward pass of `losses_fn`, see `residual_bytes`.
     leaves: the parameters.
     batch: the examples, a pytree of arrays that `losses_fn` closes over.
+    num_examples: number of losses.
 
   Returns:
     The ratio; infinite if all parameters enter loops. Outside of `jit` and similar
     transformations, recomputation and loops are ignored, because operations run in the
-    order of the program.
+    order of the program. They are also ignored if the ratio is above `num_examples`
+    without them.
   """
   activations, parameters = residual_bytes(vjp_fn, (leaves, batch)), num_bytes(leaves)
   is_traced = any(isinstance(x, jax.core.Tracer) for x in (*leaves, *_arrays(batch)))
-  # If the activations take more memory anyway, the losses need not be traced again.
-  if is_traced and activations < parameters:
+  # If the activations of a single example take more memory anyway, the losses need not
+  # be traced again.
+  if is_traced and activations < parameters * num_examples:
     closed = jax.make_jaxpr(losses_fn)(leaves)
     batch_ids = {id(x) for x in jax.tree.leaves(batch)}
-    kinds = [
-      _Kind.DATA if id(x) in batch_ids else _Kind.CONSTANT for x in closed.consts
+    sources = [_DATA if id(x) in batch_ids else _CONSTANT for x in closed.consts]
+    sources += [
+      _Source(parameter_uses.Kind.PARAMS, frozenset([i])) for i in range(len(leaves))
     ]
-    kinds += [_Kind.PARAMS] * len(leaves)
-    in_loops, has_checkpoint = _walk(closed.jaxpr, kinds)[:2]
-    parameters = max(parameters - in_loops, 0)
+    in_loops, has_checkpoint = _walk(closed.jaxpr, sources)[:2]
+    parameters -= num_bytes([leaves[i] for i in in_loops])
     if has_checkpoint:
       activations = _stored_bytes(closed, leaves, batch)
   return activations / parameters if parameters else float("inf")
 
 
-_Kind = parameter_uses.Kind
+class _Source(NamedTuple):
+  """What a value depends on.
+
+  Attributes:
+    kind: parameters, examples, or neither.
+    leaves: indices of the parameters that it depends on, if it depends on no example.
+  """
+
+  kind: parameter_uses.Kind
+  leaves: frozenset[int] = frozenset()
+
+
+_CONSTANT = _Source(parameter_uses.Kind.CONSTANT)
+_DATA = _Source(parameter_uses.Kind.DATA)
+
+
+def _union(sources):
+  """The source of a value that is computed from others."""
+  kind = max((s.kind for s in sources), default=parameter_uses.Kind.CONSTANT)
+  if kind != parameter_uses.Kind.PARAMS:
+    return _Source(kind)
+  return _Source(kind, frozenset().union(*(s.leaves for s in sources)))
 
 
 def _arrays(tree):
   return [x for x in jax.tree.leaves(tree) if base.is_array(x)]
 
 
-def _walk(jaxpr, kinds):
+def _walk(jaxpr, sources):
   """Finds loops and checkpoints that take parameters; see `activation_ratio`.
 
   Args:
     jaxpr: the operations.
-    kinds: a `parameter_uses.Kind` for each of its constants and inputs.
+    sources: a `_Source` for each of its constants and inputs.
 
   Returns:
-    The size in bytes of the parameters that enter loops over examples; whether a
-    `jax.checkpoint` outside of loops takes parameters and examples; the kinds of the
+    The indices of the parameters that enter loops over examples; whether a
+    `jax.checkpoint` outside of loops takes parameters and examples; the sources of the
     outputs.
   """
-  kind_of = dict(zip((*jaxpr.constvars, *jaxpr.invars), kinds, strict=True))
+  source_of = dict(zip((*jaxpr.constvars, *jaxpr.invars), sources, strict=True))
 
   def read(atom):
-    return _Kind.CONSTANT if isinstance(atom, jax_core.Literal) else kind_of[atom]
+    return _CONSTANT if isinstance(atom, jax_core.Literal) else source_of[atom]
 
-  in_loops, has_checkpoint = 0, False
+  in_loops: frozenset[int] = frozenset()
+  has_checkpoint = False
   for eqn in jaxpr.eqns:
     inputs = [read(v) for v in eqn.invars]
-    outputs = [max(inputs, default=_Kind.CONSTANT)] * len(eqn.outvars)
-    is_mixed = _Kind.PARAMS in inputs and _Kind.DATA in inputs
+    outputs = [_union(inputs)] * len(eqn.outvars)
+    kinds = {source.kind for source in inputs}
+    is_mixed = {parameter_uses.Kind.PARAMS, parameter_uses.Kind.DATA} <= kinds
     call = batch_axes.inner_jaxpr(eqn)
     if call is not None:
       inner, consts = call
-      inner_kinds = [*[_Kind.CONSTANT] * len(consts), *inputs]
-      num_bytes_inside, has_inside, outputs = _walk(inner, inner_kinds)
-      in_loops += num_bytes_inside
+      of_inner = [*[_CONSTANT] * len(consts), *inputs]
+      in_inner_loops, has_inside, outputs = _walk(inner, of_inner)
+      in_loops |= in_inner_loops
       is_checkpoint = eqn.primitive.name in parameter_uses.CHECKPOINTS
       has_checkpoint |= has_inside or (is_checkpoint and is_mixed)
     elif eqn.primitive.name == "scan" and is_mixed:
-      pairs = zip(eqn.invars, inputs, strict=True)
-      avals = [v.aval for v, kind in pairs if kind == _Kind.PARAMS]
-      in_loops += sum(x.size * x.dtype.itemsize for x in avals)
-    kind_of |= dict(zip(eqn.outvars, outputs, strict=True))
+      in_loops = in_loops.union(*(source.leaves for source in inputs))
+    source_of |= dict(zip(eqn.outvars, outputs, strict=True))
   return in_loops, has_checkpoint, [read(v) for v in jaxpr.outvars]
 
 

@@ -989,7 +989,7 @@ def _flops_of_plan(plan):
 
 
 def flops(eqn: Any) -> int:
-  """FLOPs of an operation, without terms of lower order."""
+  """FLOPs of an operation, without terms of lower order and those of conditions."""
   size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
   if eqn.primitive.name == "dot_general":
     (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -1044,7 +1044,8 @@ def run(
       inner, inner_consts = call
       outputs = run(inner, inner_consts, inputs, replace)
     else:
-      outputs = replace(eqn, inputs) or bind(eqn, inputs)
+      replaced = replace(eqn, inputs)
+      outputs = bind(eqn, inputs) if replaced is None else replaced
     env.update(zip(eqn.outvars, outputs, strict=True))
   return [read(v) for v in jaxpr.outvars]
 

@@ -32,6 +32,50 @@ def test_after_does_not_change_values(value):
   assert np.signbit(result["x"][0])  # The sign of -0.0 is kept.
 
 
+def _in_a_loop(params, x):
+  """Layers in a loop, whose parameters are first cast to half precision."""
+  layers = params["layers"].astype(jnp.bfloat16).astype(jnp.float32)
+  return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, layers)[0]
+
+
+def _twice(params, x):
+  return _in_a_loop(params, _in_a_loop(params, x)) @ params["head"]
+
+
+def _in_a_narrow_loop(params, x):
+  layers = params["layers"].astype(jnp.bfloat16)
+
+  def layer(x, kernel):
+    return jnp.tanh(x @ kernel.astype(jnp.float32)), None
+
+  return jax.lax.scan(layer, x, layers)[0] @ params["head"]
+
+
+@pytest.mark.parametrize("num_examples", [4, 64])
+@pytest.mark.parametrize("network", [_twice, _in_a_narrow_loop])
+def test_parameters_in_loops_are_counted_once_and_in_their_own_type(
+  network, num_examples
+):
+  shapes = {"layers": (3, 16, 16), "head": (16, 16)}
+  leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
+  x = jax.ShapeDtypeStruct((num_examples, 16), jnp.float32)
+  results = []
+
+  def trace(leaves, x):
+    def losses_fn(leaves):
+      return network(dict(zip(shapes, leaves, strict=True)), x).sum(1)
+
+    losses, vjp_fn = jax.vjp(losses_fn, leaves)
+    ratio = ordering.activation_ratio(losses_fn, vjp_fn, leaves, x, num_examples)
+    results.append((ratio, ordering.residual_bytes(vjp_fn, (leaves, x))))
+    return losses
+
+  jax.eval_shape(trace, leaves, x)
+  ((ratio, activations),) = results
+  # Only the head, 16 x 16 numbers of four bytes, is outside of loops.
+  assert ratio == activations / (16 * 16 * 4)
+
+
 def test_the_zero_has_one_type_in_double_precision():
   with jax.enable_x64(True):
     for first in (jnp.arange(2), jnp.ones(2)):
