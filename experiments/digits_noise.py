@@ -122,7 +122,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   names = settings_lib.choose("methods", settings.methods, METHODS)
   num_classes = settings.load("train").num_classes
   model = classifier.Classifier(mlp.MLP(num_classes), num_classes)
-  config = settings.config(eval_every=100)
+  config = settings.config(eval_every=max(1, settings.num_steps // 30))
   splits = functools.partial(make_splits, settings)
   cosine = settings.schedule == "cosine"
   optimizer = optimizers.OptimizerConfig(

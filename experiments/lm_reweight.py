@@ -339,7 +339,8 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
       )
   by_seed = {r["seed"]: r["seconds"] for r in rows if r["method"] == "uniform"}
   for row in rows:
-    if row["seed"] in by_seed:
+    # The curve of early_stopped is that of uniform training.
+    if row["seed"] in by_seed and row["method"] != "early_stopped":
       curve = curves[row["method"]][settings.seeds.index(row["seed"])]
       limit = by_seed[row["seed"]]
       value = float(curve.at(limit))  # NaN before the first evaluation.

@@ -51,8 +51,14 @@ class Settings(long_tail.Settings):
   """The flags of this script."""
 
   UNSET: ClassVar[Mapping[str, str]] = {
-    **{k: str(v) for k, v in PRESET._asdict().items()},
-    **{k: str(v) for k, v in dataclasses.asdict(PRESET.optimizer).items()},
+    **{
+      name: str(getattr(PRESET, name))
+      for name in ("num_epochs", "batch_size", "builder", "num_meta", "deferred")
+    },
+    **{
+      name: str(getattr(PRESET.optimizer, name))
+      for name in ("learning_rate", "momentum", "weight_decay")
+    },
     "schedule": "constant, with drops",
     "methods": ",".join(METHODS),
     "seeds_at_once": "1 for LeNet on CPU, and all otherwise",

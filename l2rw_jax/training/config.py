@@ -178,7 +178,6 @@ def check(
     _check_meta(config, method, len(split.meta.label))
   for part in ("train", "meta") if method.needs_meta else ("train",):
     _check_same_kind([getattr(s, part) for s in splits], part)
-  _warn_of_missing_groups(splits[0], method.needs_meta)
 
 
 def as_integers(
@@ -208,8 +207,8 @@ def as_integers(
   return results
 
 
-def _warn_of_missing_groups(split, needs_meta):
-  """Logs a warning if only some parts of the data have groups."""
+def warn_of_missing_groups(split: examples_lib.Splits, *, needs_meta: bool) -> None:
+  """Logs a warning if only some of the parts that are used have groups."""
   parts = {"train": split.train, "test": split.test}
   if needs_meta:
     parts["meta"] = split.meta

@@ -117,6 +117,7 @@ def train(
     _log_finished(folder, name)
   else:
     config_lib.check(config, method, splits)
+    config_lib.warn_of_missing_groups(splits[0], needs_meta=method.needs_meta)
     test = examples_lib.as_batch(splits[0].test)
     model.check({k: x[:1] for k, x in test.items()}, splits[0].num_classes)
     processes.on_first("folder", lambda: _make(folder))

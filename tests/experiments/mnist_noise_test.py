@@ -118,7 +118,7 @@ def test_methods_that_learn_weights_use_all_clean_images_with_preset_bare():
     cell = script.make_cell(settings, name, 0.5, splits, split)
     assert cell.config.meta_batch_size == 50
     assert cell.optimizer.plateau_steps and cell.optimizer.plateau_data == watched
-  # Folders of versions without the flag can be continued.
+  # The rows of versions without the flag lack the entry, too.
   assert "plateau_data" not in settings.record()
 
 

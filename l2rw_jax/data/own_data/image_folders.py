@@ -287,6 +287,7 @@ def decode(
     return examples, row_sources.ImageFiles(examples.values, size, channels)
   features = np.empty((len(examples.names), *size, channels), np.uint8)
   is_good = np.zeros(len(examples.names), bool)
+  brightest: list[int] = []  # Of every image with more than 8 bits per pixel.
   for row, (example, path) in enumerate(
     zip(examples.names, examples.values, strict=True)
   ):
@@ -295,23 +296,29 @@ def decode(
     try:
       features[row] = image_files.read(path, size, channels)
       is_good[row] = True
+      if headers[example].is_deep:
+        brightest.append(int(features[row].max()))
     except ValueError as error:
       raw.skipped.append((str(example), str(error)))
-  is_deep = np.array([n in headers and headers[n].is_deep for n in examples.names])
-  _note_dark_images(features[is_good & is_deep], raw.notes)
+  _note_dark_images(brightest, raw.notes)
   return examples.take(is_good), features if is_good.all() else features[is_good]
 
 
-def _note_dark_images(images: np.ndarray, notes: list[str]) -> None:
-  """Appends a note if images, uint8 [N, ...], from files of 16 bits are nearly black.
+def _note_dark_images(brightest: list[int], notes: list[str]) -> None:
+  """Appends a note if all images from files of more than 8 bits are nearly black.
 
-  Cameras and scanners often store 10 or 12 bits in such files.
+  Cameras and scanners often store 10 or 12 bits in files of 16 bits.
+
+  Args:
+    brightest: the largest value of each of these images, of 255.
+    notes: the notes.
   """
-  if len(images) and images.max() <= _BRIGHTEST_OF_12_BITS:
+  if brightest and max(brightest) <= _BRIGHTEST_OF_12_BITS:
     notes.append(
-      f"{len(images)} images have 16 bits per pixel, and none of their pixels is above"
-      f" {images.max()} of 255 after the conversion to 8 bits. If they have fewer bits"
-      " (10 or 12), scale their pixels to the range from 0 to 65535."
+      f"{len(brightest)} images have more than 8 bits per pixel, and none of their"
+      f" pixels is above {max(brightest)} of 255 after the conversion to 8 bits. If"
+      " they have fewer bits (10 or 12), scale their pixels to the range from 0 to"
+      " 65535."
     )
 
 

@@ -70,7 +70,9 @@ def test_images_of_12_bits_in_16_are_noted(folder, largest, is_noted):
   user_files.save_image(folder / "cat" / "black.png", 0, mode="I;16")
   user_files.save_image(folder / "cat" / "deep.png", largest, mode="I;16")
   notes = own_data.read(f"images:{folder}").notes
-  message = "2 images have 16 bits per pixel, and none of their pixels is above 16 of"
+  message = (
+    "2 images have more than 8 bits per pixel, and none of their pixels is above 16 of"
+  )
   assert [note.startswith(message) for note in notes] == [True] * is_noted
 
 
