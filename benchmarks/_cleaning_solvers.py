@@ -19,8 +19,9 @@ weights w = sigmoid(x) at the same time, with step sizes rho and gamma:
 SOBA estimates the directions from a batch. SABA reduces their variance: like SAGA, it
 keeps the last value of every term for every batch.
 
-The other solvers train z by SGD: with fixed weights, on the clean examples alone, or
-with the weights of a method of this library. The regularization is not part of the
+The other solvers train z by SGD: with fixed weights, on the clean examples alone, first
+with fixed weights and then on the clean examples, or with the weights of a method of
+this library. The regularization is not part of the
 example losses, so it does not change the weights directly.
 """
 
@@ -183,6 +184,29 @@ def clean_only(learning_rate: float) -> Solver:
       state["z"]
     )
     rate = _cosine(learning_rate, sizes, step)
+    return {"z": _sgd(sizes, state["z"], gradient, rate)}
+
+  return Solver(lambda sizes, key: {"z": _zeros(sizes)}, step)
+
+
+def fine_tuning(learning_rate: float) -> Solver:
+  """Uniform training, and training on the clean examples in the last half of the steps.
+
+  The cosine schedule starts again with the second half.
+  """
+
+  def step(sizes, state, step, batch, meta_batch):
+    half = sizes.num_steps - sizes.num_steps // 2
+    is_first = step < half
+    x, y = jax.tree.map(
+      lambda a, b: jnp.where(is_first, a, b), batch.examples, meta_batch.examples
+    )
+    gradient = jax.grad(lambda z: jnp.mean(example_losses(z, (x, y))))(state["z"])
+    first = _cosine(learning_rate, sizes._replace(num_steps=half), step)
+    second = _cosine(
+      learning_rate, sizes._replace(num_steps=sizes.num_steps // 2), step - half
+    )
+    rate = jnp.where(is_first, first, second)
     return {"z": _sgd(sizes, state["z"], gradient, rate)}
 
   return Solver(lambda sizes, key: {"z": _zeros(sizes)}, step)

@@ -6,18 +6,23 @@ images; a linear classifier without bias that starts at 0; regularization 0.2 |z
 batches of 64; and the error on the 10,000 test images. The split of the images differs
 from that of the public benchmark, so individual numbers differ by chance.
 
-`clean_only` is the baseline to beat: it trains on the 5,000 clean images alone, with
-the regularization that is best on a held-out fifth of these images. `oracle` knows
-which labels are wrong. SOBA and SABA have the step sizes that the public benchmark
-chose for each p; for SOBA, it did so for p = 0.5, 0.7 and 0.9 only. The learning rates
-of this library's methods were chosen with seed 100 by the error on 5,000 other training
-images (`dev_percent` in the rows): --learning_rate at p = 0.7, and --kept_learning_rate
-by the mean over p = 0.5, 0.7 and 0.9. For --averaged_learning_rate, 200, 300, 500,
-1,000 and 3,000 were tried at p = 0.9; of those that give the weights an AUROC of at
-least 0.985, the one with the lowest error was chosen. So this choice used which labels
-of seed 100 are wrong, as no other choice did. No choice used test images.
-Seconds are CPU time of all processor cores, without compilation and evaluation; those
-of `clean_only` do not include the search for its regularization.
+`clean_only` is the baseline to beat: it trains on the 5,000 clean images alone.
+`fine_tuning` trains uniformly on the noisy images in the first half of the steps, and
+on the clean images in the second half. `early_stopped` is uniform training up to the
+evaluation with the lowest error on the clean images. These three choose their
+regularization: the first two by the error on a held-out fifth of the clean images,
+`early_stopped` by the error on all of them. `oracle` knows which labels are wrong.
+
+SOBA and SABA have the step sizes that the public benchmark chose for each p; for SOBA,
+it did so for p = 0.5, 0.7 and 0.9 only. The learning rates of this library's methods
+were chosen with seed 100 by the error on 5,000 other training images (`dev_percent` in
+the rows): --learning_rate at p = 0.7, and --kept_learning_rate by the mean over p =
+0.5, 0.7 and 0.9. For --averaged_learning_rate, 200, 300, 500, 1,000 and 3,000 were
+tried at p = 0.9; of those that give the weights an AUROC of at least 0.985, the one
+with the lowest error was chosen. So this choice used which labels of seed 100 are
+wrong, as no other choice did. No choice used test images.
+Seconds are CPU time of all processor cores, without compilation and evaluation; they do
+not include the search for a regularization.
 Command: python -m benchmarks.data_cleaning --data_dir=DIR --num_seeds=2
 Results: results/data_cleaning.
 """
@@ -50,11 +55,18 @@ LEARNED = (
   *("l2rw", "meta_weight_net", "kept_weights"),
   *("averaged_weights", "soba", "saba"),
 )
-METHODS = (*LEARNED, "uniform", "oracle", "clean_only")
+METHODS = (
+  *(*LEARNED, "uniform", "oracle"),
+  *("clean_only", "fine_tuning", "early_stopped"),
+)
 TABLE = catalog.DATA_CLEANING
 _REGULARIZATION = 0.2
-# The regularizations from which `clean_only` chooses.
+# The regularizations from which the methods that train on the clean images, and those
+# that do not, choose. With 0.2, `clean_only` is never the best of them.
 _CLEAN_REGULARIZATIONS = (0.003, 0.01, 0.03, 0.1)
+_NOISY_REGULARIZATIONS = (*_CLEAN_REGULARIZATIONS, _REGULARIZATION)
+# The methods that choose by a held-out fifth of the clean images.
+_TRAINED_ON_CLEAN = ("clean_only", "fine_tuning")
 # The seconds until the test error is first below this number, in %, are reported.
 _TARGET = 17.0
 # Maps a share of redrawn labels to the outer step size of SOBA divided by its inner
@@ -62,6 +74,12 @@ _TARGET = 17.0
 # not depend on the share.
 _SOBA_RATIO = {0.5: 1e4, 0.7: 1e4, 0.9: 1e3}
 _DEV_SIZE = 5_000
+# The figure shows the final error of these methods: linestyle and label.
+_LINES = {
+  "clean_only": (":", "clean images alone"),
+  "fine_tuning": ("-.", "fine-tuning on them"),
+  "early_stopped": ("--", "early stopping on them"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +159,7 @@ class Run(NamedTuple):
     steps: number of steps before the evaluation.
     seconds: CPU seconds of training before the evaluation.
     test_percent: error on the test images.
+    meta_percent: error on the clean images.
     dev_percent: error on the images for choosing settings; NaN if there are none.
     auroc: area under the ROC curve of each entry of `Solver.trust` at the end: how well
       the entry ranks right labels above wrong ones.
@@ -149,6 +168,7 @@ class Run(NamedTuple):
   steps: list[int]
   seconds: list[float]
   test_percent: list[float]
+  meta_percent: list[float]
   dev_percent: list[float]
   auroc: dict[str, float]
 
@@ -166,7 +186,7 @@ def load(settings: Settings, share: float, seed: int) -> Data:
     raise base.InputError(
       f"--num_train={settings.num_train} is less than --batch_size."
     )
-  # `clean_only` holds a fifth of the clean images out.
+  # `clean_regularization` holds a fifth of the clean images out.
   if settings.num_meta - num_held_out(settings.num_meta) < settings.batch_size:
     raise base.InputError(
       f"--num_meta={settings.num_meta}: four fifths of these images are fewer than"
@@ -224,6 +244,8 @@ def make_solver(settings: Settings, name: str, share: float) -> solvers_lib.Solv
       rate, lambda batch: batch.is_clean.astype(jnp.float32)
     ),
     "clean_only": lambda: solvers_lib.clean_only(rate),
+    "fine_tuning": lambda: solvers_lib.fine_tuning(rate),
+    "early_stopped": lambda: solvers_lib.fixed_weights(rate),
     "l2rw": lambda: solvers_lib.l2rw_solver(rate),
     "meta_weight_net": lambda: solvers_lib.meta_weight_net_solver(rate),
     "kept_weights": lambda: solvers_lib.kept_weights(rate, settings.kept_learning_rate),
@@ -305,12 +327,13 @@ def train(
   ones = np.ones(sizes.num_meta, bool)
   arrays = jax.device_put(((data.x, data.given, data.is_clean), (*data.meta, ones)))
   state = solver.init(sizes, jax.random.key(seed))
-  result, seconds = Run([], [], [], [], {}), 0.0
+  result, seconds = Run([], [], [], [], [], {}), 0.0
 
   def evaluate(step):
     result.steps.append(step)
     result.seconds.append(seconds)
     result.test_percent.append(_error_percent(state["z"], data.test))
+    result.meta_percent.append(_error_percent(state["z"], data.meta))
     result.dev_percent.append(_error_percent(state["z"], data.dev))
 
   evaluate(0)
@@ -344,13 +367,20 @@ def num_held_out(num_meta: int) -> int:
   return max(1, num_meta // 5)
 
 
-def clean_regularization(settings: Settings, data: Data, seed: int) -> float:
-  """The regularization that is best on a held-out fifth of the clean examples."""
+def clean_regularization(settings: Settings, name: str, data: Data, seed: int) -> float:
+  """The regularization that is best on a held-out fifth of the clean examples.
+
+  Args:
+    settings: the flags of the benchmark.
+    name: a method that trains on the clean examples.
+    data: the problem.
+    seed: seed of the runs.
+  """
   x, y = data.meta
   held_out = num_held_out(len(y))
   rest, fifth = (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out])
   smaller = data._replace(meta=rest, test=fifth, dev=fifth)
-  solver = make_solver(settings, "clean_only", 0.0)
+  solver = make_solver(settings, name, 0.0)
 
   def error(regularization):
     sizes = make_sizes(settings, smaller, regularization)
@@ -359,22 +389,53 @@ def clean_regularization(settings: Settings, data: Data, seed: int) -> float:
   return min(_CLEAN_REGULARIZATIONS, key=error)
 
 
+class Chosen(NamedTuple):
+  """A run, with its regularization and the evaluation that is reported."""
+
+  run: Run
+  regularization: float
+  evaluation: int = -1
+
+
+def train_early_stopped(settings: Settings, data: Data, seed: int) -> Chosen:
+  """The run and the evaluation with the lowest error on all clean examples."""
+  solver = make_solver(settings, "early_stopped", 0.0)
+  candidates = []
+  for regularization in _NOISY_REGULARIZATIONS:
+    sizes = make_sizes(settings, data, regularization)
+    result = train(solver, sizes, data, seed, settings.eval_every)
+    candidates += [Chosen(result, regularization, i) for i in range(len(result.steps))]
+  # NaN is not below anything, so it must not come first.
+  errors = [x.run.meta_percent[x.evaluation] for x in candidates]
+  return candidates[int(np.argmin(np.nan_to_num(errors, nan=np.inf)))]
+
+
+def train_method(
+  settings: Settings, name: str, share: float, seed: int, data: Data
+) -> Chosen:
+  """Trains a method, with its choice of the regularization if it has one."""
+  if name == "early_stopped":
+    return train_early_stopped(settings, data, seed)
+  regularization = _REGULARIZATION
+  if name in _TRAINED_ON_CLEAN:
+    regularization = clean_regularization(settings, name, data, seed)
+  sizes = make_sizes(settings, data, regularization)
+  solver = make_solver(settings, name, share)
+  result = train(solver, sizes, data, seed, settings.eval_every)
+  return Chosen(result, regularization)
+
+
 def make_row(
   settings: Settings, name: str, share: float, seed: int, data: Data
 ) -> dict[str, Any]:
   """The row of a run in `results.csv`, with its curve as "curve"."""
-  regularization = _REGULARIZATION
-  if name == "clean_only":
-    regularization = clean_regularization(settings, data, seed)
-  sizes = make_sizes(settings, data, regularization)
-  solver = make_solver(settings, name, share)
-  result = train(solver, sizes, data, seed, settings.eval_every)
+  result, regularization, reported = train_method(settings, name, share, seed, data)
   below = [
     s
     for s, error in zip(result.seconds, result.test_percent, strict=True)
     if error < _TARGET
   ]
-  dev = result.dev_percent[-1]
+  dev = result.dev_percent[reported]
   return {
     "method": name,
     "dataset": settings.dataset,
@@ -382,13 +443,14 @@ def make_row(
     "seed": seed,
     "data": data.fingerprint,
     "wrong_percent": 100 * float(np.mean(~data.is_clean)),
-    "error_percent": result.test_percent[-1],
+    "error_percent": result.test_percent[reported],
+    "reported_step": result.steps[reported],
     "best_percent": min(result.test_percent),
     "dev_percent": None if math.isnan(dev) else dev,
     "weight_auroc": result.auroc.get("weight"),
     "score_auroc": result.auroc.get("score"),
     "seconds_to_target": below[0] if below else None,
-    "seconds": result.seconds[-1],
+    "seconds": result.seconds[reported],
     "num_steps": settings.num_steps,
     "batch_size": settings.batch_size,
     "regularization": regularization,
@@ -418,9 +480,10 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     for share, ax in zip(shares, axes[0], strict=True):
       for i, name in enumerate(methods):
         runs = [r for r in rows if (r["method"], r["share"]) == (name, share)]
-        if name == "clean_only":
+        if name in _LINES:
           error = np.mean([r["error_percent"] for r in runs])
-          ax.axhline(error, color="black", linestyle=":", label="clean images alone")
+          linestyle, label = _LINES[name]
+          ax.axhline(error, color="black", linestyle=linestyle, label=label)
           continue
         for row in runs:
           curve = np.array([p.split(":") for p in row["curve"].split()], float)

@@ -45,7 +45,10 @@ from l2rw_jax.training import devices
 from l2rw_jax.training import evaluation
 
 FORML = tuple(f"forml_{name}" for name in forml.OBJECTIVES)
-METHODS = ("uniform", "class_proportion", "l2rw", "clean_only", *FORML)
+METHODS = (
+  *("uniform", "class_proportion", "l2rw"),
+  *("clean_only", "fine_tuning", "early_stopped", *FORML),
+)
 NETWORKS = {**registries.SMALL_NETWORKS, "resnet": registries.NETWORKS["resnet_32"]}
 # Maps a column of a row to its heading and to the name of the metric, which is
 # measured by `evaluation.accuracy` or `evaluation.equal_opportunity`.
@@ -152,6 +155,11 @@ class Settings(runner.Settings):
     return default if self.learning_rate is None else self.learning_rate
 
   @property
+  def steps(self) -> int:
+    """Number of parameter updates, by default more for CIFAR-10."""
+    return self.num_steps or (20_000 if self.dataset == "cifar10" else 3000)
+
+  @property
   def num_groups(self) -> int:
     """Number of groups for which training should be fair."""
     return self.load("train").num_classes if self.groups == "class" else 2
@@ -200,7 +208,7 @@ def make_method(settings: Settings, name: str) -> base.Method:
   """The `Method` for a name in `--methods`."""
   if name in FORML:
     return _make_forml(settings, name.removeprefix("forml_"))
-  return registries.simple_method(name)
+  return registries.simple_method(name, settings.steps)
 
 
 def _make_forml(settings: Settings, objective: str) -> base.Method:
@@ -273,7 +281,7 @@ def make_cell(
   if meta_batch_size is None and large:
     meta_batch_size = 100
   config = settings.config(
-    num_steps=settings.num_steps or (20000 if large else 3000),
+    num_steps=settings.steps,
     meta_batch_size=meta_batch_size,
   )
   module = NETWORKS[network](num_classes, axis_name=devices.AXIS_NAME)

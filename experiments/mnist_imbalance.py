@@ -35,7 +35,7 @@ from l2rw_jax.models import lenet
 from l2rw_jax.training import results as results_lib
 
 FIGURE_METHODS = tuple(published.MNIST_IMBALANCE)
-METHODS = (*FIGURE_METHODS, "fine_tuning", "clean_only")
+METHODS = (*FIGURE_METHODS, "fine_tuning", "clean_only", "early_stopped")
 
 
 @dataclasses.dataclass(frozen=True)

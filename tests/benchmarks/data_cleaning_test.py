@@ -145,6 +145,42 @@ def test_averaged_weights_step_along_the_average_of_the_meta_gradients():
     close(after["z"], before["z"] - 0.1 * share * move)
 
 
+def test_fine_tuning_trains_on_all_examples_and_then_on_clean_ones():
+  state, (batch, meta_batch) = _state_and_batches()
+  sizes = _SIZES._replace(num_steps=5)
+  tuned = solvers_lib.fine_tuning(0.1)
+  # The phases have three and two steps, each with a whole cosine schedule.
+  phases = {
+    2: (solvers_lib.fixed_weights(0.1), 2, 3),
+    3: (solvers_lib.clean_only(0.1), 0, 2),
+    4: (solvers_lib.clean_only(0.1), 1, 2),
+  }
+  for step, (solver, step_of_phase, num_steps) in phases.items():
+    after = tuned.step(sizes, state, jnp.int32(step), batch, meta_batch)
+    of_phase = sizes._replace(num_steps=num_steps)
+    expected = solver.step(of_phase, state, jnp.int32(step_of_phase), batch, meta_batch)
+    np.testing.assert_allclose(after["z"], expected["z"], rtol=1e-5, atol=1e-7)
+
+
+def test_early_stopping_reports_the_evaluation_with_the_lowest_clean_error(
+  monkeypatch,
+):
+  errors = {0.003: [90, 20, 30], 0.01: [90, float("nan"), 12]}
+
+  def train(solver, sizes, data, seed, eval_every):
+    values = errors.get(sizes.regularization, [90, 40, 50])
+    return data_cleaning.Run([0, 5, 10], [0, 1, 2], [1, 2, 3], values, [4, 5, 6], {})
+
+  monkeypatch.setattr(data_cleaning, "train", train)
+  settings = data_cleaning.Settings(dataset="digits", num_train=320, num_meta=80)
+  data = data_cleaning.load(settings, 0.5, 0)
+  chosen = data_cleaning.train_early_stopped(settings, data, 0)
+  assert (chosen.regularization, chosen.evaluation) == (0.01, 2)
+  errors[0.01][2] = 25
+  chosen = data_cleaning.train_early_stopped(settings, data, 0)
+  assert (chosen.regularization, chosen.evaluation) == (0.003, 1)
+
+
 # The other methods run other solvers in the same loop; soba and saba are tested above.
 _COMPARED = (
   "l2rw",
@@ -152,6 +188,8 @@ _COMPARED = (
   "averaged_weights",
   "meta_weight_net",
   "clean_only",
+  "fine_tuning",
+  "early_stopped",
 )
 
 
@@ -178,7 +216,11 @@ def test_every_method_learns_and_ranks(run):
     assert 45 < row["wrong_percent"] < 62  # Nine tenths of 60%.
     curve = [point.split(":") for point in row["curve"].split()]
     assert [int(step) for step, _, _ in curve] == [0, 15, 30]
-    assert float(curve[-1][2]) == pytest.approx(row["error_percent"], abs=0.01)
+    reported = [
+      float(error) for step, _, error in curve if int(step) == row["reported_step"]
+    ]
+    assert reported == [pytest.approx(row["error_percent"], abs=0.01)]
+    assert row["reported_step"] == 30 or row["method"] == "early_stopped"
     assert row["error_percent"] < 80  # Without training it is about 90.
     learned = row["method"] in data_cleaning.LEARNED
     assert (row["weight_auroc"] is not None) == learned
