@@ -346,16 +346,16 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
 def averaged_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
   """Keeps a weight for every example, and averages the gradients of the meta batches.
 
-  It differs from `kept_weights` in three points. The derivative of the meta loss with
+  It differs from `kept_weights` in four points. The derivative of the meta loss with
   respect to a weight is taken at z, without a look-ahead. The gradient of the meta loss
-  is a moving average over the meta batches, with a decay of 0.99. A weight is max(a, 0)
-  for a number a that may fall below 0, so that the past of an example with weight 0 is
-  not forgotten.
+  is a moving average over the meta batches, with a decay of 0.99. This average is
+  divided by its norm, and the learning rate of the weights is constant, so that late
+  steps change the weights as much as early ones. A weight is max(a, 0) for a number a
+  that may fall below 0, so that the past of an example with weight 0 is not forgotten.
 
   Args:
     learning_rate: initial learning rate of z.
-    weight_learning_rate: initial learning rate of the numbers a; it decays with the
-      learning rate of z.
+    weight_learning_rate: constant learning rate of the numbers a.
   """
   decay = 0.99
 
@@ -369,13 +369,12 @@ def averaged_weights(learning_rate: float, weight_learning_rate: float) -> Solve
     linearized = linearization.linearize(example_losses, z, batch.examples)
     average = decay * state["average"]
     average += (1 - decay) * _outer_gradient(state, meta_batch)
-    # The average starts at 0, so its coefficients do not sum to 1 at first.
-    outer = average / (1 - decay ** (step.astype(jnp.float32) + 1))
-    # Minus the derivative, with respect to w_i, of the meta loss after a step of SGD on
-    # sum_i w_i l_i / B.
-    scores = learning_rate * linearized.directional(outer) / sizes.batch_size
-    change = _cosine(weight_learning_rate, sizes, step) * scores
-    weights = _rows(state["weights"], batch) + change
+    norm = jnp.linalg.norm(average)
+    direction = average / jnp.where(norm > 0, norm, 1.0)
+    # Minus the derivative, with respect to w_i, along this direction, of a step of SGD
+    # on sum_i w_i l_i / B.
+    scores = learning_rate * linearized.directional(direction) / sizes.batch_size
+    weights = _rows(state["weights"], batch) + weight_learning_rate * scores
     gradient = linearized.weighted_gradient(jnp.maximum(weights, 0) / sizes.batch_size)
     return {
       "z": _sgd(sizes, z, gradient, _cosine(learning_rate, sizes, step)),
