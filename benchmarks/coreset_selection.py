@@ -367,7 +367,11 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Runs the benchmark, prints the results and writes them to a folder."""
+  """Runs the benchmark, prints the results and writes them to a folder.
+
+  Raises:
+    InputError: a flag is invalid, or the data set cannot be read.
+  """
   adacore.check_fraction("--fraction", settings.fraction)
   for epsilon in settings.epsilon:
     coresets.check_greedy("stochastic", epsilon)

@@ -507,7 +507,11 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Runs the benchmark, prints the results and writes them to a folder."""
+  """Runs the benchmark, prints the results and writes them to a folder.
+
+  Raises:
+    InputError: a flag is invalid, or the data set cannot be read.
+  """
   names = settings_lib.choose("methods", settings.methods, METHODS)
   if not settings.shares:
     raise base.InputError("--shares= is empty: give a number between 0 and 1.")

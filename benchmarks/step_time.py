@@ -394,7 +394,11 @@ def _rows_of(
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Runs the benchmark, prints the results and writes them to a folder."""
+  """Runs the benchmark, prints the results and writes them to a folder.
+
+  Raises:
+    InputError: a flag is invalid, or PyTorch is requested and cannot be used.
+  """
   if (settings.peer_only or settings.peer_compile) and not settings.peer:
     raise base.InputError("--peer_only and --peer_compile need --peer=torch.")
   if settings.seconds <= 0:

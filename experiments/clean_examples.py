@@ -377,7 +377,11 @@ def _draw_method(ax: Any, method: str, rows: runner.Rows) -> None:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains the runs that are missing, and prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison.
+
+  Raises:
+    InputError: a flag is invalid, or the data cannot be read.
+  """
   for name in ("datasets", "problems", "num_clean"):
     values = getattr(settings, name)
     if not values or "" in values:

@@ -211,6 +211,9 @@ def make_facts(settings: Settings, split: examples_lib.Splits) -> list[dict[str,
   """The model, the method and the fraction of all curves, after a check of the flags.
 
   A fraction of 1 means all data.
+
+  Raises:
+    InputError: a flag is invalid, or --greedy_epsilon has no effect.
   """
   is_stochastic = settings.greedy == "stochastic"
   settings.check_used(

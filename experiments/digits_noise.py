@@ -118,7 +118,11 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
 
 
 def make_cells(settings: Settings) -> list[runner.Cell]:
-  """A cell for every method, whose seeds are trained side by side."""
+  """A cell for every method, whose seeds are trained side by side.
+
+  Raises:
+    InputError: a method is unknown, or the data set cannot be read.
+  """
   names = settings_lib.choose("methods", settings.methods, METHODS)
   num_classes = settings.load("train").num_classes
   model = classifier.Classifier(mlp.MLP(num_classes), num_classes)

@@ -445,7 +445,11 @@ def _check(settings: Settings, cells: Sequence[runner.Cell]) -> None:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains the runs that are missing, and prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison.
+
+  Raises:
+    InputError: a flag is invalid, or the data cannot be read.
+  """
   names = settings_lib.choose("methods", settings.methods, METHODS)
   methods = {name: make_method(settings, name) for name in names}
   splits = make_splits(settings, settings.seeds)

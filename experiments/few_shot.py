@@ -532,7 +532,11 @@ def _draw_method(
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains the runs that are missing, and prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison.
+
+  Raises:
+    InputError: a flag is invalid, or the data cannot be read.
+  """
   settings.check_used("ood_share", settings.ood != "none", "with --ood=none")
   where = f"with --share={settings.share}"
   settings.check_used("num_clusters", settings.share == "cluster", where)

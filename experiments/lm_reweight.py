@@ -174,7 +174,11 @@ def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
 
 
 def make_cells(settings: Settings) -> list[runner.Cell]:
-  """A cell for every method, whose seeds are trained one after the other."""
+  """A cell for every method, whose seeds are trained one after the other.
+
+  Raises:
+    InputError: a method is unknown.
+  """
   names = settings_lib.choose("methods", settings.methods, METHODS)
   config = settings.config()
   splits, model = functools.partial(make_splits, settings), make_model(settings)
@@ -302,7 +306,11 @@ def _draw_recovered(right: Any, by_method: dict[str, runner.Rows]) -> None:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains the runs that are missing, and prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison.
+
+  Raises:
+    InputError: a flag is invalid, or a test loss is not finite at the end.
+  """
   cells = make_cells(settings)
   splits = make_splits(settings, settings.seeds)
   for cell in cells:

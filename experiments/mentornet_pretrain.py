@@ -274,7 +274,11 @@ def _draw_recorded(axis, mentor, rows, epoch, percentile):
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Fits the mentor if it does not exist, prints its errors, and draws its weights."""
+  """Fits the mentor if it does not exist, prints its errors, and draws its weights.
+
+  Raises:
+    InputError: a flag is invalid, or the training rows cannot be read or are too few.
+  """
   rows, num_classes = make_rows(settings)
   if settings.batch_size > len(mentornet_fitting.split(rows)[0].losses):
     raise base.InputError(

@@ -265,7 +265,11 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains the runs that are missing, and prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison.
+
+  Raises:
+    InputError: a flag is invalid, or the data cannot be read.
+  """
   names = settings_lib.choose("methods", settings.methods, METHODS)
   is_digits = settings.dataset == "digits"
   settings.check_used("num_test", not is_digits, "with --dataset=digits")

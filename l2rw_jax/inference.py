@@ -35,7 +35,8 @@ def map_batches(
 
   Raises:
     InputError: the arrays have no or different lengths, there is no example,
-      `batch_size` is not a positive integer, or `fun` returns a scalar.
+      `batch_size` is not a positive integer, `fun` returns a scalar, or, with
+      `by_process`, another process published why it ended.
 
   >>> examples = {"x": np.arange(5)}
   >>> map_batches(lambda batch: 2 * batch["x"], examples, batch_size=2)

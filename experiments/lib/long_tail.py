@@ -342,7 +342,11 @@ def note_on_sizes(train: sources.Source) -> str | None:
 def run(
   settings: Settings, experiment: Experiment, workdir: runner.Folder
 ) -> runner.Rows:
-  """Trains the runs that are missing, and prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison.
+
+  Raises:
+    InputError: a flag is invalid, or the data cannot be read.
+  """
   if note := note_on_sizes(experiment.train):
     print(settings_lib.printable(note))
   methods = experiment.methods if settings.methods is None else settings.methods

@@ -47,7 +47,11 @@ class Settings(settings_lib.Flags):
 
 
 def run(settings: Settings, workdir: Any = None) -> list[Any]:
-  """Prints the tables, writes them to the files in the settings, and returns them."""
+  """Prints the tables, writes them to the files in the settings, and returns them.
+
+  Raises:
+    InputError: `settings` has both `readme` and `only`, or results cannot be read.
+  """
   del workdir  # Nothing is trained.
   tables = catalog.collect(pathlib.Path(settings.results), settings.only or ())
   layouts = {
