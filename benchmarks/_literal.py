@@ -22,7 +22,7 @@ def plain() -> base.Method:
 
   def gradients(state, problem, inputs):
     size = inputs.batch["label"].shape[0]
-    return _weighted(problem, inputs, jnp.full(size, 1 / size)), state
+    return _weighted_gradients(problem, inputs, jnp.full(size, 1 / size)), state
 
   return base.Method(gradients)
 
@@ -34,7 +34,7 @@ def l2rw() -> base.Method:
     zeros = jnp.zeros(inputs.batch["label"].shape[0])
     weight_gradient = _weight_gradient(problem, inputs, zeros, optax.sgd(1.0))
     weights = normalization.rectify(-weight_gradient)
-    return _weighted(problem, inputs, weights), state
+    return _weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients, needs_meta=True)
 
@@ -67,7 +67,7 @@ def mwn(learning_rate: float) -> base.Method:
       return meta_network.MetaGradient(gradient, jnp.zeros(()), ~false, false, no_fault)
 
     state = meta_network.update(state, meta_gradient_fn, optimizer, inputs.step)
-    return _weighted(problem, inputs, weights_fn(state.params)), state
+    return _weighted_gradients(problem, inputs, weights_fn(state.params)), state
 
   return base.Method(gradients, init, needs_meta=True)
 
@@ -93,8 +93,8 @@ def _weight_gradient(problem, inputs, weights, optimizer):
   )
 
 
-def _weighted(problem, inputs, weights):
-  """The gradient of the weighted loss, for constant weights."""
+def _weighted_gradients(problem, inputs, weights):
+  """`base.Gradients` of the weighted loss, for constant weights [B]."""
 
   def loss_fn(params):
     losses_fn = problem.losses_fn(inputs.model_state, inputs.key)

@@ -41,8 +41,8 @@ class Network(NamedTuple):
     supports_bfloat16: whether the network can compute in bfloat16.
     mixes_examples: whether the output for one example depends on the other examples
       of the batch (BatchNorm), which rules out the layerwise engine.
-    slow_on_cpu: whether a step on a CPU takes so long that only L2RW and
-      Meta-Weight-Net are timed by default.
+    slow_on_cpu: whether a step on a CPU takes so long that only L2RW, Meta-Weight-Net
+      and plain training are timed by default.
     default_on_cpu: whether the network is timed on a CPU if --networks is not given.
     has_peer: whether the benchmark also has the network in PyTorch.
     in_loop: whether the blocks are in a loop. The compiler counts the operations of the

@@ -44,7 +44,7 @@ def _mentornet() -> base.Method:
   return mentornet.mentornet(mentornet_network.Mentor("pd", network, variables))
 
 
-# The engines of each method. The engine is None for methods without a choice of engine.
+# The factories of each method by engine, which is None if there is no choice of engine.
 METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "plain": {None: _literal.plain},
   "l2rw": {
@@ -64,8 +64,8 @@ METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "ldam": {None: lambda: ldam_drw.ldam_drw(from_epoch=0)},
   "bare": {None: bare.bare},
 }
-# The methods with a choice of engine. On a CPU, only these are timed by default on
-# networks that are slow there.
+# The methods with a choice of engine. On a CPU, only these and plain training are timed
+# by default on networks that are slow there.
 ENGINE_METHODS = ("l2rw", "meta_weight_net")
 META_METHODS = (*ENGINE_METHODS, "warpi", "advisor")
 

@@ -30,7 +30,7 @@ class MLP(nn.Module):
 
 
 class LeNet(nn.Module):
-  """LeNet: three 5x5 convolutions, each with 3x3/2 max pooling and SAME padding."""
+  """LeNet: three 5x5 convolutions and 3x3 max poolings (stride 2), padded as SAME."""
 
   def __init__(self) -> None:
     super().__init__()

@@ -219,7 +219,7 @@ class Traced(Eager):
     meta: Batch,
     rate: float,
   ) -> torch.Tensor:
-    """Returns the derivative dM/dw of the meta loss at `weights`, [B]."""
+    """Returns dM/dw at `weights`, [B]; `rate` is the look-ahead's learning rate."""
 
     def losses_at(parameters, data):
       # `torch.func.grad` does not allow in-place updates of the BatchNorm statistics.

@@ -61,8 +61,8 @@ def make_gradient(
     is_wrapped: whether the body is wrapped in `control_flow.channels_last`.
 
   Returns:
-    `(params, batch, pred) -> gradient`. In the way "cond", `pred` is the condition: the
-    gradient is computed if it is true, and `params` is returned if it is false.
+    `(params, batch, pred) -> gradient`. Only "cond" uses `pred`: the gradient is
+    computed if it is true, and `params` is returned if it is false.
   """
   wrap = control_flow.channels_last if is_wrapped else lambda function: function
 
@@ -93,7 +93,11 @@ def make_gradient(
 
 
 def make_rows(settings: Settings) -> list[dict[str, Any]]:
-  """A row for each network and way."""
+  """A row for each network and way.
+
+  Raises:
+    InputError: --networks is empty.
+  """
   rows = []
   for network in settings_lib.choose("networks", settings.networks, NETWORKS):
     module = _networks.module(network, "float32")
@@ -141,7 +145,7 @@ def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """Runs the benchmark, prints the results and writes them to a folder.
 
   Raises:
-    InputError: --batch_size is not a multiple of four, or a network is unknown.
+    InputError: --batch_size is not a multiple of four, or --networks is empty.
   """
   if settings.batch_size % _NUM_MICROBATCHES:
     raise base.InputError(

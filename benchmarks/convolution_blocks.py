@@ -58,7 +58,8 @@ class Layer(NamedTuple):
 
   Attributes:
     num_blocks: number of blocks.
-    parts: the convolution and its two gradients as compiled functions, by their names.
+    parts: the convolution and its two gradients, by their names, as compiled functions
+      of the arrays that `arguments` returns.
   """
 
   num_blocks: int
@@ -86,7 +87,7 @@ def arguments(
 
 
 def make_layer(block_bytes: int, given: Sequence[base.Array]) -> Layer:
-  """The layer in blocks of at most `block_bytes`, for the result of `arguments`."""
+  """The layer for these arrays of `arguments`, with this `block_bytes`."""
 
   def convolve(images, kernel):
     return convolution.conv_general_dilated(
@@ -117,7 +118,11 @@ def make_layer(block_bytes: int, given: Sequence[base.Array]) -> Layer:
 
 
 def make_rows(settings: Settings) -> list[dict[str, Any]]:
-  """A row for each layer, part and number of blocks."""
+  """A row for each layer, part and number of blocks.
+
+  Raises:
+    InputError: --layers is empty.
+  """
   rows = []
   for name in settings_lib.choose("layers", settings.layers, LAYERS):
     size, inputs, outputs = LAYERS[name]
@@ -156,7 +161,11 @@ def make_rows(settings: Settings) -> list[dict[str, Any]]:
 
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """Runs the benchmark, prints the results and writes them to a folder."""
+  """Runs the benchmark, prints the results and writes them to a folder.
+
+  Raises:
+    InputError: --layers is empty.
+  """
   rows = make_rows(settings)
   facts = {"batch_size": settings.batch_size, "repeats": settings.repeats}
   _rows.report(rows, facts, workdir)

@@ -93,7 +93,7 @@ def steps_of(
     moved: whether the initial parameters are increased by one unit in the last place.
 
   Yields:
-    The mean loss and the weights [B] of a step, in units of the uniform weight.
+    The mean loss of a step, and its weights [B] in units of the uniform weight.
   """
   dtype = jnp.result_type(float)
   digits = sources.load("digits", "train")

@@ -80,7 +80,7 @@ def rows_of(hidden: tuple[int, ...], settings: Settings) -> list[dict[str, Any]]
   turns: dict[str, list[float]] = {kind: [] for kind in runs}
   for _ in range(settings.repeats + 1):
     for kind, run in runs.items():
-      processes.exchange("turn", "")
+      processes.exchange("turn", "")  # All processes begin the turn together.
       start = time.perf_counter()
       for _ in range(settings.num_steps):
         run.take_steps()

@@ -5,7 +5,7 @@ once, and the ranking of `audit.find_label_issues` is compared with these altern
 
 - cleanlab, with out-of-fold probabilities of the same network trained five times;
 - the area under the margin (AUM) and the mean loss of the same run;
-- the share of the nearest neighbors that have another label;
+- the share of the 10 nearest neighbors that have another label, weighted by closeness;
 - the statistics of an L2RW run with five trusted examples per class.
 
 No method uses the true labels of the training set, which does not contain the trusted
@@ -16,9 +16,8 @@ examples, not the labels. The images of cifar10_n are converted to features that
 computed without labels (random_patches). The recipe (network, learning rate, epochs)
 and the ranking were chosen on other data or seeds: digits with seeds 100 and 101, later
 training images of MNIST, Fashion-MNIST and CIFAR-10N, iris, and synthetic sets.
-cleanlab uses its default settings; each label is compared with those of 10 nearest
-neighbors. Seconds are CPU time of all processor cores, so that other load on the
-machine does not count.
+cleanlab uses its default settings. Seconds are CPU time of all processor cores, so that
+other load on the machine does not count.
 Command: python -m benchmarks.label_issues --data_dir=DIR, after pip install cleanlab
   for the human labels: add --datasets=cifar10_n --num_examples=10000
 Results: results/label_issues.
@@ -130,7 +129,7 @@ class Ranking(NamedTuple):
   Attributes:
     score: a score for each label, [N]. Higher scores are more suspicious.
     num_issues: the estimated number of wrong labels; None if the method gives none.
-    seconds: the CPU time without compilation.
+    seconds: the CPU time, without the compilation of the training steps.
   """
 
   score: np.ndarray
@@ -424,7 +423,11 @@ def measure(ranking: Ranking, is_wrong: np.ndarray) -> dict[str, Any]:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Runs the benchmark, prints the results and writes them to a folder."""
+  """Runs the benchmark, prints the results and writes them to a folder.
+
+  Raises:
+    InputError: a flag is invalid, a data set cannot be read, or cleanlab is missing.
+  """
   datasets = settings_lib.choose("datasets", settings.datasets, EPOCHS)
   noises = settings_lib.choose("noises", settings.noises, NOISES)
   methods = settings_lib.choose("methods", settings.methods, METHODS)

@@ -7,8 +7,9 @@ the same command until the run finishes; a process may be killed again after suc
 restart. The metrics, weights and parameters of finished runs are compared byte
 for byte with those of an uninterrupted run.
 
-Command: python -m benchmarks.process_kills
 The file results.csv has a row for each kill; a summary is printed.
+Command: python -m benchmarks.process_kills
+Results: results/process_kills.
 """
 
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def finish(started: Sequence[subprocess.Popen]) -> list[str]:
 def kill_one(
   started: Sequence[subprocess.Popen], victim: int, after: float
 ) -> dict[str, Any] | None:
-  """Kills a process and returns what happened; None if a process ends before that.
+  """Kills a process; returns a row of results, or None if one ends before the kill.
 
   Args:
     started: the two processes.

@@ -10,7 +10,7 @@ without training, by threads and by workers in alternating turns.
 
 Before these measurements, a network is trained on a set of generated examples that is
 ten times as large as the read-ahead buffer, to measure how much the memory of the
-process grows.
+process grows. This needs Linux.
 Command: python -m benchmarks.streaming --data_dir=DIR
 Results: results/streaming.
 """
@@ -48,6 +48,7 @@ _NETWORKS: dict[str, Callable[[], nn.Module]] = {
   "mlp": lambda: mlp.MLP(10, (256,)),
   "lenet": lambda: lenet.LeNet(10),
 }
+# Whether the images are in memory, for each way of reading the data.
 _IN_MEMORY = {"files": False, "workers": False, "memory": True, "resident": True}
 _MIB = 2**20
 # Number of values of a generated example, which are 256 KiB of float32.
@@ -73,7 +74,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
 
 
 class Generated:
-  """A set of examples that are made when they are read."""
+  """A set of examples that are computed when they are read."""
 
   dtype = np.dtype(np.float32)
   fingerprint = "generated"
@@ -267,7 +268,11 @@ def _speed_row(
 
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """Runs the benchmark, prints the results and writes them to a folder."""
+  """Runs the benchmark, prints the results and writes them to a folder.
+
+  Raises:
+    InputError: the data set cannot be read.
+  """
   info = {**workdir_lib.run_info(), "cores": os.cpu_count()}
   path = pathlib.Path(workdir) / "streaming.csv"
   rows = [memory_row()]

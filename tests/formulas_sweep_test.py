@@ -934,12 +934,12 @@ def _mesh(axis_type):
 
 
 def _spec(of_rows, of_all):
-  spread, same = jax.P(_AXIS), jax.P()
+  sharded, replicated = jax.P(_AXIS), jax.P()
   return _Data(
-    spread if of_rows else same,
-    spread if of_rows else same,
-    spread if of_all else same,
-    same,
+    sharded if of_rows else replicated,
+    sharded if of_rows else replicated,
+    sharded if of_all else replicated,
+    replicated,
   )
 
 

@@ -109,8 +109,8 @@ def _three_ways(losses_fn, optimizer):
     )(gradients)
 
   def three_ways(opt_state, weights, step=1e-5):
-    moved = step * np.concatenate([np.eye(_B), -np.eye(_B)])
-    ahead = steps(opt_state, _inner_gradients(losses_fn, weights[None] + moved))
+    perturbed = weights[None] + step * np.concatenate([np.eye(_B), -np.eye(_B)])
+    ahead = steps(opt_state, _inner_gradients(losses_fn, perturbed))
     up, down = np.asarray(_meta_losses(losses_fn, ahead)).reshape(2, _B)
     return *two_ways(opt_state, weights), (up - down) / (2 * step)
 

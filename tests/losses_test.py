@@ -125,14 +125,14 @@ def _literal(p, label):
   }
 
 
-def _all(logits, labels):
+def _losses(logits, labels):
   return {name: loss_fn(logits, labels) for name, loss_fn in _LOSSES.items()}
 
 
 def _values_and_gradients(logits, labels):
   """Every loss [B], and d loss_i / d logits_i [B, C]."""
-  gradients = jax.jacrev(lambda z: jax.tree.map(jnp.sum, _all(z, labels)))(logits)
-  return _all(logits, labels), gradients
+  gradients = jax.jacrev(lambda z: jax.tree.map(jnp.sum, _losses(z, labels)))(logits)
+  return _losses(logits, labels), gradients
 
 
 _run = jax.jit(_values_and_gradients)
@@ -235,10 +235,10 @@ def test_limits_of_parameters_give_known_losses():
       "absolute": losses.generalized_cross_entropy(logits, labels, 1),
     }
 
-  same = limits(logits)
-  absolute = same.pop("absolute")
+  values = limits(logits)
+  absolute = values.pop("absolute")
   cross_entropy = np.asarray(_softmax(logits, labels))
-  for name, actual in same.items():
+  for name, actual in values.items():
     np.testing.assert_allclose(actual, cross_entropy, rtol=1e-4, err_msg=name)
   np.testing.assert_allclose(absolute, 1 - np.exp(-cross_entropy), rtol=1e-5, atol=1e-6)
 
@@ -375,7 +375,7 @@ def test_integer_logits_are_refused(name):
     _LOSSES[name](jnp.array([[1, 2, 0]]), np.array([1]))
 
 
-def test_an_infinite_single_logit_of_the_right_sign_gives_no_loss_and_no_gradient():
+def test_an_infinite_single_logit_of_the_right_sign_has_a_loss_and_a_gradient_of_0():
   logits, labels = jnp.array([[-jnp.inf], [jnp.inf]]), jnp.array([0, 1])
   value, vjp = jax.vjp(lambda z: losses.sigmoid_cross_entropy(z, labels), logits)
   np.testing.assert_array_equal(value, [0, 0])
@@ -501,7 +501,8 @@ def test_balanced_softmax_with_impossible_counts():
   for name, (value, gradient) in none.items():
     np.testing.assert_array_equal(value, [np.inf] * 3 + [0, np.nan, np.nan])
     assert not gradient[:4].any()
-    # Labels that are not classes are replaced by class 0, which also has no examples.
+    # The loss of a label that is not a class is NaN, although the code computes it as
+    # that of class 0, which has no examples here.
     np.testing.assert_array_equal(
       only_class_2[name][0], [np.inf, np.inf, 0, 0, np.nan, np.nan]
     )

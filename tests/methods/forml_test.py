@@ -107,9 +107,9 @@ def _run_and_references(number, params, weights, batch, meta_batch):
   result = _update(params, weights, objective, _ETA, batch, meta_batch)
   value, slope = jax.value_and_grad(fair_loss)(ahead(weights))
   jacobian = jax.jacrev(_losses_fn)(params, batch)
-  moves = jnp.concatenate([jnp.eye(_B), -jnp.eye(_B)])
-  moved = jax.vmap(lambda move: fair_loss(ahead(weights + _STEP * move)))(moves)
-  return result, value, slope, jacobian, moved, _losses_fn(params, batch)
+  perturbed = weights[None] + _STEP * jnp.concatenate([jnp.eye(_B), -jnp.eye(_B)])
+  values = jax.vmap(lambda w: fair_loss(ahead(w)))(perturbed)
+  return result, value, slope, jacobian, values, _losses_fn(params, batch)
 
 
 @pytest.mark.usefixtures("x64")
@@ -119,14 +119,14 @@ def test_first_order_identity_and_finite_differences(setting):
   number = list(_SETTINGS).index(setting)
   # Copies, because JAX would cache the 64-bit versions of _BATCH and _META.
   copies = jax.tree.map(np.array, (_BATCH, _META))
-  result, value, slope, jacobian, moved, losses_before = jax.device_get(
+  result, value, slope, jacobian, values, losses_before = jax.device_get(
     _run_and_references(number, _params(), weights, *copies)
   )
   np.testing.assert_allclose(result.objective, value, rtol=1e-12)
   # dF/dw_i = -alpha <grad F(p'), grad l_i(p)>.
   products = [np.tensordot(j, slope[name], 2) for name, j in jacobian.items()]
   np.testing.assert_allclose(result.gradient, -_ALPHA * sum(products), 1e-10)
-  differences = (moved[:_B] - moved[_B:]) / (2 * _STEP)
+  differences = (values[:_B] - values[_B:]) / (2 * _STEP)
   np.testing.assert_allclose(result.gradient, differences, rtol=1e-5, atol=1e-8)
   expected = np.maximum(weights - _ETA * result.gradient, 0)
   np.testing.assert_allclose(result.weights, expected / expected.sum(), rtol=1e-12)

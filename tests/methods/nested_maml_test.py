@@ -209,8 +209,8 @@ def test_several_inner_steps_equal_the_unrolled_step_and_finite_differences():
     ahead = jax.tree.map(lambda p, g: p - _ETA * g, params, slope)
     return jnp.mean(losses_fn(ahead, meta_tasks))
 
-  moves = 1e-4 * np.concatenate([np.eye(3), -np.eye(3), np.zeros((1, 3))])
-  values = np.asarray(validation_loss(weights + moves))
+  perturbations = 1e-4 * np.concatenate([np.eye(3), -np.eye(3), np.zeros((1, 3))])
+  values = np.asarray(validation_loss(weights + perturbations))
   differences = (values[:3] - values[3:6]) / 2e-4
   np.testing.assert_allclose(result.gradient, differences, rtol=1e-6)
   np.testing.assert_allclose(result.meta_loss, values[6], rtol=1e-12)
@@ -282,7 +282,7 @@ def _inputs(batch, validation, step=0):
   )
 
 
-def _start(method):
+def _initial_state(method):
   return jax.jit(lambda: method.init(jax.random.key(2), _problem(), _params()))()
 
 
@@ -292,7 +292,7 @@ def _step_fn(method):
 
 @functools.cache  # Tests with the same method share one program.
 def _first_step(method):
-  return _step_fn(method)(_start(method), 0)
+  return _step_fn(method)(_initial_state(method), 0)
 
 
 def _losses(params, batch):
@@ -332,7 +332,7 @@ def _method(share="task", gamma=_GAMMA, **settings):
 
 def test_an_integer_initial_weight_is_not_rounded_later():
   expected, _ = _first_step(_method())
-  actual, _ = _step_fn(_method(initial=1))(_start(_method(initial=1)), 0)
+  actual, _ = _step_fn(_method(initial=1))(_initial_state(_method(initial=1)), 0)
   np.testing.assert_array_equal(actual.weights, expected.weights)
 
 
@@ -427,7 +427,7 @@ def test_meta_forward_is_used_for_validation_tasks_and_weights_have_bounds():
 def test_weights_are_updated_every_second_step():
   method = _method(every=2)
   run = _step_fn(method)
-  _, first = run(_start(method), 0)
+  _, first = run(_initial_state(method), 0)
   _, second = run(first, 1)
   np.testing.assert_array_equal(first.weights, second.weights)
   _, third = run(second, 2)
@@ -448,7 +448,7 @@ def test_eight_devices_equal_one(share):
     "d",
     in_axes=(None, 0, 0),
   )
-  result, states = step(_start(method), *shards)
+  result, states = step(_initial_state(method), *shards)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   for device in (0, 7):
     on_device = jax.tree.map(lambda x, i=device: x[i], (states.weights, result.grads))

@@ -55,8 +55,8 @@ def test_gradients_equal_finite_differences():
 
   both = np.concatenate([np.ravel(logits), np.ravel(layer)])
   result = jax.jit(jax.grad(mean))(both)
-  moves = 1e-6 * np.eye(sum(sizes))
-  values = jax.jit(jax.vmap(mean))(np.concatenate([both + moves, both - moves]))
+  steps = 1e-6 * np.eye(sum(sizes))
+  values = jax.jit(jax.vmap(mean))(np.concatenate([both + steps, both - steps]))
   above, below = np.split(np.asarray(values), 2)
   np.testing.assert_allclose(result, (above - below) / 2e-6, rtol=1e-6, atol=1e-9)
 

@@ -252,13 +252,13 @@ def test_two_runs_on_eight_devices_equal_single_runs_on_one(name):
     state, result = step_fn(state, *_split(batches))
     result = jax.device_get(result)
     for run, device in itertools.product((0, 1), (0, _DEVICES - 1)):
-      seen = _select(result, device, run)
+      actual = _select(result, device, run)
       rows = {
         field: getattr(result, field)[:, run].ravel()
         for field in ("weights", "losses", "scores")
         if getattr(result, field) is not None
       }
-      _assert_close(seen._replace(**rows), expected[run][0][i])
+      _assert_close(actual._replace(**rows), expected[run][0][i])
   for run, device in itertools.product((0, 1), (0, _DEVICES - 1)):
     _assert_close(_select(jax.device_get(state), device, run), expected[run][1])
 
@@ -396,11 +396,11 @@ def test_methods_can_be_traced_under_an_explicit_mesh(name):
   mesh = jax.make_mesh(
     (_DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)
   )
-  spread = jax.sharding.NamedSharding(mesh, jax.P("data"))
-  batches = jax.device_put(_data()[0], spread)
+  sharded = jax.sharding.NamedSharding(mesh, jax.P("data"))
+  batches = jax.device_put(_data()[0], sharded)
   state = _initial(name)
-  same = jax.sharding.NamedSharding(mesh, jax.P())
-  given = jax.device_put((state.params, state.model_state), same)
+  replicated = jax.sharding.NamedSharding(mesh, jax.P())
+  given = jax.device_put((state.params, state.model_state), replicated)
 
   def first_step(given, key, batch, meta_batch):
     state = _METHODS[name].init(key, _problem(None), given[0])

@@ -59,7 +59,7 @@ def test_logits_depend_on_positions_but_not_on_later_tokens():
   assert before.shape == (_B, _T, _V)
   np.testing.assert_allclose(before[:, :3], after[:, :3], rtol=1e-5)
   assert (np.abs(before[:, 3:] - after[:, 3:]).max(axis=(1, 2)) > 1e-3).all()
-  # Attention over equal tokens would return the same value at every position.
+  # Without position embeddings, the logits of equal tokens would be equal.
   equal = run(np.zeros_like(tokens))
   assert (np.abs(np.diff(equal, axis=1)).max(axis=2) > 1e-3).all()
 
@@ -129,7 +129,7 @@ def test_a_classifier_does_not_scale_tokens_and_floats_are_refused():
 
 @pytest.mark.ci
 @pytest.mark.parametrize("token", [-1, 5])
-def test_tokens_that_do_not_exist_give_nan(token):
+def test_tokens_outside_the_vocabulary_give_nan(token):
   model = gpt.GPT(5, 8, depth=1, num_heads=2)
   tokens = jnp.array([[0, 1]])
   logits, variables = model.init_with_output(jax.random.key(0), tokens)

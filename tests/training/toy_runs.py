@@ -22,7 +22,7 @@ OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
 def examples(rng, size, shape, flipped=0.0) -> examples_lib.Examples:
-  """Gaussian blobs, one per class; a share `flipped`, the first rows, is mislabeled."""
+  """Gaussian blobs, one per class. The first `flipped * size` labels are wrong."""
   centers = np.random.default_rng(99).normal(size=(CLASSES, *shape))
   true_label = rng.integers(CLASSES, size=size).astype(np.int32)
   image = centers[true_label] + 0.5 * rng.normal(size=(size, *shape))

@@ -110,8 +110,8 @@ def report(data: OwnData) -> list[str]:
     originals = data.labels[data.duplicate_of[is_copy]]
     conflicts = int((originals != data.labels[is_copy]).sum())
     lines.append(
-      f"{int(is_copy.sum())} examples are exact duplicates of others, {conflicts} of"
-      " them with another label."
+      f"exact duplicates of other examples: {int(is_copy.sum())} ({conflicts} with"
+      " another label)."
     )
   return lines
 

@@ -242,8 +242,8 @@ def _convert(
   if like is None and {"-1", "0"} <= set(class_names) and len(class_names) > 2:
     # In arrays of integers, -1 often marks examples without a label.
     raw.notes.append(
-      f"{int((examples.labels == '-1').sum())} examples have the label -1, which is a"
-      " class. If it marks examples without a label, leave them out."
+      f"the label -1 ({int((examples.labels == '-1').sum())} examples) is a class. If"
+      " it marks examples without a label, leave them out."
     )
   is_array = isinstance(features, np.ndarray)
   if is_array:

@@ -12,10 +12,10 @@ def test_duplicates_are_found(folder):
   assert data.names[data.duplicate_of[copy]] == "cat/3.png"
   assert (data.duplicate_of >= 0).sum() == 1
   assert own_data.report(data) == [
-    "1 examples are exact duplicates of others, 1 of them with another label."
+    "exact duplicates of other examples: 1 (1 with another label)."
   ]
 
 
-def test_both_zeros_are_equal():
+def test_zero_and_negative_zero_are_equal():
   features = np.array([[0.0], [-0.0], [1.0]], np.float32)
   assert own_data.duplicates(features).tolist() == [-1, 0, -1]

@@ -40,7 +40,7 @@ def test_a_label_of_minus_one_is_a_class_and_noted(tmp_path):
     name = user_files.write_archive(tmp_path / "a.npz", points, np.resize(labels, 12))
     data = own_data.read(name)
     assert data.form.class_names == tuple(map(str, sorted(set(labels))))
-    message = "3 examples have the label -1, which is a class."
+    message = "the label -1 (3 examples) is a class."
     assert [note.startswith(message) for note in data.notes] == [True] * is_noted
 
 

@@ -52,7 +52,7 @@ def test_facts_may_have_integer_keys(tmp_path):
   assert facts == {"a": {"9": 1, "10": 2}}
 
 
-def test_mentor_without_labels_fits_any_number_of_classes(path):
+def test_mentor_without_labels_is_accepted_for_any_number_of_classes(path):
   for num_classes in (2, 10, 100, None):
     mentor_file.load(path, num_classes=num_classes)
 
@@ -141,7 +141,7 @@ _CRAFTED = {
   "no such compat": lambda r: r.update(compat="keras"),
   "no labels": lambda r: r.update(num_labels=0),
   "many labels": lambda r: r.update(num_labels=10**12),
-  "a share of a label": lambda r: r.update(num_labels=2.5),
+  "a fraction of a label": lambda r: r.update(num_labels=2.5),
   "other classes than labels": lambda r: r.update(num_classes=3),
   "a boolean for the classes": lambda r: r.update(num_classes=True),
   "facts in a list": lambda r: r.update(facts=[]),
