@@ -489,12 +489,12 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
           continue
         for row in runs:
           curve = np.array([p.split(":") for p in row["curve"].split()], float)
-          label = name if row is runs[0] else None
+          first_label = name if row is runs[0] else None
           style = {"uniform": "--", "oracle": "-."}.get(name, "-")
           color = "0.5" if name in ("uniform", "oracle") else f"C{i}"
           ax.plot(
             np.maximum(curve[1:, 1], 1e-2), curve[1:, 2], style, color=color,
-            linewidth=1.2, label=label,
+            linewidth=1.2, label=first_label,
           )  # fmt: skip
       ax.set_xscale("log")
       errors = [r["error_percent"] for r in rows if r["share"] == share]

@@ -342,10 +342,10 @@ def _image_form(
     else:
       description = f"{most_frequent[1]} x {most_frequent[0]}"
     notes.append(
-      f"{resized} of {len(sizes)} images ({description}) were resized to"
-      f" {width} x {height} pixels."
+      f"images that were resized to {width} x {height} pixels: {resized} of"
+      f" {len(sizes)} ({description})."
     )
   num_gray = sum(h.is_gray for h in headers.values())
   if 0 < num_gray < len(headers):
-    notes.append(f"{num_gray} of {len(headers)} images are gray; all were made RGB.")
+    notes.append(f"gray images: {num_gray} of {len(headers)}; all were made RGB.")
   return (height, width), 1 if num_gray == len(headers) else 3

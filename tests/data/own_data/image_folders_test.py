@@ -58,8 +58,8 @@ def test_images_of_different_sizes_and_modes_are_converted_and_noted(folder):
   np.testing.assert_array_equal(pixels["cat/clear.png"], [255, 255, 255])
   np.testing.assert_array_equal(pixels["cat/deep.png"], [156, 156, 156])  # 40,000 / 257
   assert data.notes == (
-    "1 of 24 images (2 sizes) were resized to 6 x 4 pixels.",
-    "22 of 24 images are gray; all were made RGB.",
+    "images that were resized to 6 x 4 pixels: 1 of 24 (2 sizes).",
+    "gray images: 22 of 24; all were made RGB.",
   )
   small = own_data.read(f"images:{folder}", image_size=8)
   assert small.features.shape == (24, 8, 8, 3)
@@ -82,7 +82,7 @@ def test_large_images_are_shrunk(tmp_path):
       user_files.save_image(tmp_path / name / f"{i}.png", i, size=(300, 150))
   data = own_data.read(f"images:{tmp_path}")
   assert data.features.shape == (4, 32, 64, 1)
-  assert "4 of 4 images (300 x 150) were resized to 64 x 32" in data.notes[0]
+  assert "resized to 64 x 32 pixels: 4 of 4 (300 x 150)" in data.notes[0]
 
 
 def test_a_rotation_noted_by_the_camera_is_applied(tmp_path):
