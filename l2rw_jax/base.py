@@ -687,9 +687,12 @@ def sharded_like(value: Array, like: Array) -> Array:
 def all_finite(tree: PyTree) -> Array:
   """Whether all leaves of `tree` are finite; bool scalar."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-  return jnp.stack(
-    [jnp.all(jnp.isfinite(x)) for x in leaves] or [jnp.array(True)]
-  ).all()
+  finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
+  # This is a product instead of a conjunction, because XLA repeats a chain of
+  # operations on scalars in every operation that reads its result. The program would
+  # then grow with the square of the number of leaves.
+  faults = 1 - jnp.stack(finite or [jnp.array(True)]).astype(jnp.float32)
+  return jnp.dot(faults, faults) == 0
 
 
 def max_abs(tree: PyTree) -> Array:
