@@ -302,6 +302,19 @@ def is_supported(name: str) -> bool:
   )
 
 
+def is_elementwise(jaxpr: Any) -> bool:
+  """Whether all operations are elementwise, broadcasts or reductions."""
+
+  def is_cheap(eqn):
+    call = inner_jaxpr(eqn)
+    if call is not None:
+      return is_elementwise(call[0])
+    name = eqn.primitive.name
+    return name in _ELEMENTWISE or name in _REDUCTIONS or name == "broadcast_in_dim"
+
+  return all(map(is_cheap, jaxpr.eqns))
+
+
 def _checked_by_rule(eqn, axes, output_axes):
   """`output_axes`, with errors where the rule of a custom_jvp mixes examples."""
   params = eqn.primitive.get_bind_params(eqn.params)

@@ -9,6 +9,8 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import hypergradient
+from l2rw_jax.linearization import batch_axes
+from l2rw_jax.linearization import ordering
 from l2rw_jax.linearization import trainable
 
 
@@ -127,48 +129,77 @@ def train_step(
   result, method_state = method.gradients(state.method_state, problem, inputs)
   metrics = _metrics(result, problem)
   value = metrics["weighted_loss"] if result.value is None else result.value
-  updates, opt_state = hypergradient.update(
-    optimizer, result.grads, state.opt_state, state.params, value, "outer"
-  )
-  params = hypergradient.apply_updates(state.params, updates)
-  if result.fixed is not None:
-    params = jax.tree.map(jnp.where, *result.fixed, params)
-  proposed = TrainState(
+
+  def update(grads):
+    """The new parameters and optimizer state, in the types of the old ones."""
+    updates, opt_state = hypergradient.update(
+      optimizer, grads, state.opt_state, state.params, value, "outer"
+    )
+    params = hypergradient.apply_updates(state.params, updates)
+    if result.fixed is not None:
+      params = jax.tree.map(jnp.where, *result.fixed, params)
+    old = (state.params, state.opt_state)
+    return jax.tree.map(_of_same_type, (params, opt_state), old)
+
+  params, opt_state = update(result.grads)
+  others = TrainState(
     step=state.step + 1,
-    params=params,
+    params=None,
     model_state=result.model_state,
-    opt_state=opt_state,
+    opt_state=None,
     method_state=method_state,
     failure=state.failure,
   )
-  size = base.global_size(result.weights.shape[0], problem.axis_name)
-  output = StepOutput(metrics, result.weights * size)
-  kept, takes_step = _keep_last_good(state, proposed, result, problem)
-  method_state = method.record(kept.method_state, problem, inputs, result, takes_step)
-  return kept._replace(method_state=method_state), output
-
-
-def _keep_last_good(state, proposed, result, problem):
-  """The new state, or the old one if the step fails; and whether the step is taken."""
+  old_others = state._replace(params=None, opt_state=None)
   # A loop over steps needs constant types: under x64, BatchNorm returns float64
   # statistics for float64 inputs.
-  proposed = jax.tree.map(_of_same_type, proposed, state)
-  bad_losses = base.psum(jnp.sum(~jnp.isfinite(result.losses)), problem.axis_name)
-  new = (result.grads, proposed.params, proposed.model_state)
-  fault = jnp.zeros((), jnp.int32) if result.fault is None else result.fault
-  is_finite = (bad_losses == 0) & base.all_finite(new) & (fault == 0)
-  takes_step = is_finite & (state.failure.step < 0)
+  others = jax.tree.map(_of_same_type, others, old_others)
+  takes_step, failure = _check(state, params, others.model_state, result, problem)
 
-  def kept_or_new(new, old):
-    return old if new is old else jnp.where(takes_step, new, old)
+  def kept(new, old):
+    return jax.tree.map(
+      lambda new, old: old if new is old else jnp.where(takes_step, new, old), new, old
+    )
 
-  kept = jax.tree.map(kept_or_new, proposed, state)
-  this = Failure(state.step, bad_losses.astype(jnp.int32), fault)
-  is_first = ~is_finite & (state.failure.step < 0)
-  failure = jax.tree.map(
-    lambda new, old: jnp.where(is_first, new, old), this, state.failure
+  if _is_elementwise(update, result.grads):
+    # Keep only the gradients until the check is complete, and compute the update again
+    # from them, first in the place of the old parameters, and then in that of the old
+    # optimizer state, which the new parameters depend on. Otherwise, the whole new
+    # state would be in memory in addition to the old state.
+    is_checked = jnp.asarray(takes_step, jnp.float32)
+    params, _ = update(ordering.after(is_checked, result.grads))
+    params = kept(params, state.params)
+    _, opt_state = update(ordering.after(params, result.grads))
+  else:
+    params = kept(params, state.params)
+  opt_state = kept(opt_state, state.opt_state)
+  others = kept(others, old_others)
+  method_state = method.record(others.method_state, problem, inputs, result, takes_step)
+  size = base.global_size(result.weights.shape[0], problem.axis_name)
+  output = StepOutput(metrics, result.weights * size)
+  new_state = others._replace(
+    params=params, opt_state=opt_state, method_state=method_state, failure=failure
   )
-  return kept._replace(failure=failure), takes_step
+  return new_state, output
+
+
+def _check(state, params, model_state, result, problem):
+  """Whether the step is taken, and the new `Failure`."""
+  bad_losses = base.psum(jnp.sum(~jnp.isfinite(result.losses)), problem.axis_name)
+  fault = jnp.zeros((), jnp.int32) if result.fault is None else result.fault
+  is_finite = base.all_finite((result.grads, params, model_state))
+  is_finite &= (bad_losses == 0) & (fault == 0)
+  has_failed = state.failure.step >= 0
+  this = Failure(state.step, bad_losses.astype(jnp.int32), fault)
+  failure = jax.tree.map(
+    lambda new, old: jnp.where(~is_finite & ~has_failed, new, old), this, state.failure
+  )
+  return is_finite & ~has_failed, failure
+
+
+def _is_elementwise(function, tree):
+  """Whether a function of a pytree consists of elementwise operations and sums."""
+  return batch_axes.is_elementwise(jax.make_jaxpr(function)(tree).jaxpr)
 
 
 def _of_same_type(new, old):

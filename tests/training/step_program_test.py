@@ -1,4 +1,4 @@
-"""The compiled program of one update. Nothing is run.
+"""The compiled program of one update: its memory and its size. Nothing is run.
 
 The limits hold for XLA:CPU.
 """
@@ -56,9 +56,17 @@ def _compiled(optimizer, shapes):
   return jax.jit(step, donate_argnums=0).lower(state, batch, None, key).compile()
 
 
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.adam(0.1)])
+def test_only_the_gradient_is_kept_until_a_step_is_known_to_be_finite(optimizer):
+  compiled = _compiled(optimizer, [(512, 512)] * 8)
+  size = 8 * 512**2 * 4
+  assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * size
+
+
 def test_the_program_grows_in_proportion_to_the_number_of_parameter_arrays():
   """XLA must not repeat the check of all arrays in the update of each of them."""
   few, many = (
-    len(_compiled(optax.sgd(0.1, momentum=0.9), [(8, 8)] * n).as_text()) for n in (10, 40)
+    len(_compiled(optax.sgd(0.1, momentum=0.9), [(8, 8)] * n).as_text())
+    for n in (10, 40)
   )
   assert many < 4.5 * few

@@ -204,6 +204,12 @@ _CASES = {
     base.Fault.META_LOSSES,
   ),
   "parameters": ({"optimizer": _HUGE_STEP}, 0, _NONE),
+  # This update contains a `jax.lax.cond`, so it is not computed a second time.
+  "parameters_of_a_cond": (
+    {"optimizer": optax.apply_if_finite(_HUGE_STEP, 1)},
+    0,
+    _NONE,
+  ),
 }
 
 
