@@ -8,6 +8,7 @@ always 0, but that no compiler can simplify.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,10 @@ def _first_entry(x):
 
 def num_bytes(tree: base.PyTree) -> int:
   """The total size in bytes of the arrays of a pytree; PRNG keys are not counted."""
-  avals = [jax.typeof(x) for x in jax.tree.leaves(tree)]
+  return _num_bytes_of_types([jax.typeof(x) for x in jax.tree.leaves(tree)])
+
+
+def _num_bytes_of_types(avals):
   is_key = [jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in avals]
   return sum(
     aval.size * aval.dtype.itemsize
@@ -91,8 +95,10 @@ def activation_ratio(
   The results of a backward pass (the gradients of layers) can be used one after the
   other if they are products of activations and slopes that are in memory. Activations
   that the backward pass recomputes (`jax.checkpoint`) would then have to be kept, so
-  they are counted, too. The gradients of parameters that enter a loop are results of
-  the whole loop, so these parameters are not counted.
+  they are counted, too. Values that depend on parameters alone, such as transposed or
+  cast parameters, are not counted: their size does not grow with the batch. The
+  gradients of parameters that enter a loop are results of the whole loop, so these
+  parameters are not counted.
 
   Args:
     losses_fn: maps parameters to losses.
@@ -103,9 +109,9 @@ def activation_ratio(
 
   Returns:
     The ratio; infinite if all parameters enter loops. Outside of `jit` and similar
-    transformations, recomputation and loops are ignored, because operations run in the
-    order of the program. They are also ignored if the ratio is above `num_examples`
-    without them.
+    transformations, where operations run in the order of the program, or if at least
+    `num_examples` times the size of the parameters is stored, the ratio is that of all
+    stored values to all parameters.
   """
   activations, parameters = residual_bytes(vjp_fn, (leaves, batch)), num_bytes(leaves)
   is_traced = any(isinstance(x, jax.core.Tracer) for x in (*leaves, *_arrays(batch)))
@@ -118,9 +124,9 @@ def activation_ratio(
     sources += [
       _Source(parameter_uses.Kind.PARAMS, frozenset([i])) for i in range(len(leaves))
     ]
-    in_loops, has_checkpoint = _walk(closed.jaxpr, sources)[:2]
+    in_loops, has_checkpoint, of_parameters, _ = _walk(closed.jaxpr, sources)
     parameters -= num_bytes([leaves[i] for i in in_loops])
-    if has_checkpoint:
+    if has_checkpoint or of_parameters > activations / 10:
       activations = _stored_bytes(closed, leaves, batch)
   return activations / parameters if parameters else float("inf")
 
@@ -154,7 +160,7 @@ def _arrays(tree):
 
 
 def _walk(jaxpr, sources):
-  """Finds loops and checkpoints that take parameters; see `activation_ratio`.
+  """Finds what `activation_ratio` counts in another way.
 
   Args:
     jaxpr: the operations.
@@ -162,8 +168,8 @@ def _walk(jaxpr, sources):
 
   Returns:
     The indices of the parameters that enter loops over examples; whether a
-    `jax.checkpoint` outside of loops takes parameters and examples; the sources of the
-    outputs.
+    `jax.checkpoint` outside of loops takes parameters and examples; the size in bytes
+    of the values that are computed from parameters alone; the sources of the outputs.
   """
   source_of = dict(zip((*jaxpr.constvars, *jaxpr.invars), sources, strict=True))
 
@@ -171,7 +177,7 @@ def _walk(jaxpr, sources):
     return _CONSTANT if isinstance(atom, jax_core.Literal) else source_of[atom]
 
   in_loops: frozenset[int] = frozenset()
-  has_checkpoint = False
+  has_checkpoint, of_parameters = False, 0
   for eqn in jaxpr.eqns:
     inputs = [read(v) for v in eqn.invars]
     outputs = [_union(inputs)] * len(eqn.outvars)
@@ -181,34 +187,70 @@ def _walk(jaxpr, sources):
     if call is not None:
       inner, consts = call
       of_inner = [*[_CONSTANT] * len(consts), *inputs]
-      in_inner_loops, has_inside, outputs = _walk(inner, of_inner)
+      in_inner_loops, has_inside, of_inner_parameters, outputs = _walk(inner, of_inner)
       in_loops |= in_inner_loops
+      of_parameters += of_inner_parameters
       is_checkpoint = eqn.primitive.name in parameter_uses.CHECKPOINTS
       has_checkpoint |= has_inside or (is_checkpoint and is_mixed)
     elif eqn.primitive.name == "scan" and is_mixed:
       in_loops = in_loops.union(*(source.leaves for source in inputs))
+    elif max(kinds, default=None) == parameter_uses.Kind.PARAMS:
+      of_parameters += _num_bytes_of_types([v.aval for v in eqn.outvars])
     source_of |= dict(zip(eqn.outvars, outputs, strict=True))
-  return in_loops, has_checkpoint, [read(v) for v in jaxpr.outvars]
+  return in_loops, has_checkpoint, of_parameters, [read(v) for v in jaxpr.outvars]
+
+
+def _is_large(x):
+  """Whether a constant may be a batch, or a key from which as much is drawn."""
+  aval = jax.typeof(x)
+  return aval.ndim > 0 or jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
 def _stored_bytes(closed, leaves, batch):
-  """`residual_bytes` if nothing is recomputed outside of loops."""
-  sizes = []
+  """The size of the values that depend on examples and are stored for a backward pass.
 
-  def inline(eqn, inputs):
+  Nothing is recomputed outside of loops.
+  """
+  consts = closed.consts
+
+  def inlined(eqn, inputs, compute):
+    """The outputs of an operation; a `jax.checkpoint` is replaced by its body."""
     if eqn.primitive.name not in parameter_uses.CHECKPOINTS:
-      return None
+      return compute(eqn, inputs)
     jaxpr, consts = batch_axes.inner_jaxpr(eqn)
-    return parameter_uses.run(jaxpr, consts, inputs, inline)
+    return run(jaxpr, consts, inputs, compute)
 
-  def losses_fn(leaves):
-    return parameter_uses.run(closed.jaxpr, closed.consts, leaves, inline)[0]
+  def run(jaxpr, consts, inputs, compute):
+    replace = functools.partial(inlined, compute=compute)
+    return parameter_uses.run(jaxpr, consts, inputs, replace)
 
   def count(leaves):
-    losses, vjp_fn = jax.vjp(losses_fn, leaves)
-    sizes.append(residual_bytes(vjp_fn, (leaves, batch)))
-    return losses
+    of_data = {id(x): x for x in (*jax.tree.leaves(batch), *filter(_is_large, consts))}
+    of_parameters = {id(x): x for x in leaves}
+    # The results of operations on parameters alone; None for other operations.
+    results = []
 
+    def compute(eqn, inputs):
+      outputs = parameter_uses.bind(eqn, inputs)
+      is_result = False
+      if any(id(x) in of_data for x in inputs):
+        of_data.update((id(x), x) for x in outputs)
+      elif any(id(x) in of_parameters for x in inputs):
+        of_parameters.update((id(x), x) for x in outputs)
+        is_result = True
+      results.append(outputs if is_result else None)
+      return outputs
+
+    run(closed.jaxpr, consts, leaves, compute)
+
+    def losses_fn(leaves, results):
+      remaining = iter(results)
+      return run(closed.jaxpr, consts, leaves, lambda *_: next(remaining))[0]
+
+    vjp_fn = jax.vjp(losses_fn, leaves, results)[1]
+    sizes.append(residual_bytes(vjp_fn, (leaves, results, batch)))
+
+  sizes: list[int] = []
   jax.eval_shape(count, leaves)
   return sizes[0]
 

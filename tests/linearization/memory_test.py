@@ -114,15 +114,18 @@ def _updated_bytes(step, activation, dtype="float32", **options):
   return _relative_bytes(step, losses_fn, kernels, 8, **options)
 
 
-def _relative_bytes(step, losses_fn, kernels, batch_size, **options):
-  x = jax.ShapeDtypeStruct((batch_size, kernels[0].shape[-1]), kernels[0].dtype)
+def _relative_bytes(step, losses_fn, kernels, batch_size, *, num_meta=None, **options):
+  x, meta = (
+    jax.ShapeDtypeStruct((n, kernels[0].shape[-1]), kernels[0].dtype)
+    for n in (batch_size, batch_size if num_meta is None else num_meta)
+  )
 
   def updated(kernels, x, meta):
     result = step(losses_fn, kernels, x, meta, **options)
     weights, grads = result if step is _l2rw else (None, result)
     return weights, [k - 0.1 * g for k, g in zip(kernels, grads, strict=True)]
 
-  compiled = jax.jit(updated, donate_argnums=0).lower(kernels, x, x).compile()
+  compiled = jax.jit(updated, donate_argnums=0).lower(kernels, x, meta).compile()
   size = sum(kernel.dtype.itemsize * kernel.size for kernel in kernels)
   return compiled.memory_analysis().temp_size_in_bytes / size
 
@@ -145,6 +148,35 @@ def test_l2rw_holds_no_direction_in_bfloat16(engine):
   plain = _updated_bytes(_mean_gradient, jax.nn.relu, "bfloat16")
   step = _updated_bytes(_l2rw, jax.nn.relu, "bfloat16", engine=engine)
   assert step < plain + 0.1
+
+
+def _transposed(kernel, x):
+  return jax.nn.relu(jax.nn.relu(x @ kernel) @ kernel.T)
+
+
+def _cast(kernel, x):
+  return jax.nn.relu(x.astype(jnp.bfloat16) @ kernel.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+  "layer",
+  [_transposed, jax.checkpoint(_transposed), _cast],
+  ids=["tied", "remat", "cast"],
+)
+def test_values_of_parameters_alone_do_not_let_the_direction_be_held(layer):
+  """Transposed and cast parameters are stored, but they are not activations."""
+
+  def losses_fn(params, x):
+    for kernel in params:
+      x = layer(kernel, x)
+    return (x.astype(jnp.float32) ** 2).sum(1)
+
+  kernels = [jax.ShapeDtypeStruct((512, 512), jnp.float32)] * 8
+  plain, weighted = (
+    _relative_bytes(step, losses_fn, kernels, 8, num_meta=2)
+    for step in (_mean_gradient, _l2rw)
+  )
+  assert weighted < plain + 0.1
 
 
 def _weights_then_gradient(losses_fn, params, x, meta):

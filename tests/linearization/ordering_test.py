@@ -52,9 +52,13 @@ def _in_a_narrow_loop(params, x):
 
 
 @pytest.mark.parametrize("num_examples", [4, 64])
-@pytest.mark.parametrize("network", [_twice, _in_a_narrow_loop])
+@pytest.mark.parametrize(
+  # Each of the two casts of `_twice` is stored, but depends on no example.
+  ("network", "bytes_of_casts"),
+  [(_twice, 2 * 3 * 16 * 16 * 4), (_in_a_narrow_loop, 0)],
+)
 def test_parameters_in_loops_are_counted_once_and_in_their_own_type(
-  network, num_examples
+  network, bytes_of_casts, num_examples
 ):
   shapes = {"layers": (3, 16, 16), "head": (16, 16)}
   leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
@@ -73,7 +77,27 @@ def test_parameters_in_loops_are_counted_once_and_in_their_own_type(
   jax.eval_shape(trace, leaves, x)
   ((ratio, activations),) = results
   # Only the head, 16 x 16 numbers of four bytes, is outside of loops.
-  assert ratio == activations / (16 * 16 * 4)
+  assert ratio == (activations - bytes_of_casts) / (16 * 16 * 4)
+
+
+def test_values_of_parameters_alone_are_no_activations_but_random_masks_are():
+  leaves = [jnp.ones((16, 16)), jnp.ones(16)]
+  x, key = jnp.ones((4, 16)), jax.random.key(0)
+
+  def trace(leaves, x, key):
+    def losses_fn(leaves):
+      kernel, bias = leaves
+      y = jax.checkpoint(lambda kernel: jnp.sin(x @ kernel) @ kernel.T)(kernel)
+      return jax.random.normal(key, y.shape) * y @ jnp.exp(bias)
+
+    vjp_fn = jax.vjp(losses_fn, leaves)[1]
+    ratios.append(ordering.activation_ratio(losses_fn, vjp_fn, leaves, x, 4))
+
+  ratios = []
+  jax.eval_shape(trace, leaves, x, key)
+  # The inputs of the second product and of exp(bias), cos(x @ kernel), and the mask:
+  # each has the size of x, and none is the transposed kernel or exp(bias).
+  assert ratios == [4 * x.size / (16 * 16 + 16)]
 
 
 def test_the_zero_has_one_type_in_double_precision():
