@@ -61,7 +61,7 @@ class Settings(runner.Settings):
 
   SEVERAL_PROCESSES = False
 
-  EXTENDABLE = ("network", "methods", "fraction")
+  EXTENDABLE = ("network", "methods", "fraction", "num_seeds")
 
   dataset: str = flag("mnist")
   network: tuple[str, ...] = flag(

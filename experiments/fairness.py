@@ -65,7 +65,7 @@ MEASURES = {
 class Settings(runner.Settings):
   """The flags of this script."""
 
-  EXTENDABLE = ("methods", "condense", "condense_by")
+  EXTENDABLE = ("methods", "num_seeds", "condense", "condense_by")
 
   dataset: str = flag("mnist")
   groups: str = data_flag(

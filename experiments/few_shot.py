@@ -69,7 +69,7 @@ WEIGHTS = ("in_distribution_weight", "ood_weight", "right_weight", "wrong_weight
 class Settings(settings_lib.Settings):
   """The flags of this script."""
 
-  EXTENDABLE = ("methods", "ood_share")
+  EXTENDABLE = ("methods", "ood_share", "num_seeds")
 
   dataset: str = flag(
     "omniglot",

@@ -56,7 +56,7 @@ _HEAD = 16
 class Settings(registries.MemoryFlags, settings_lib.TrainingFlags):
   """The flags of this script."""
 
-  EXTENDABLE = ("methods",)
+  EXTENDABLE = ("methods", "num_seeds")
 
   methods: tuple[str, ...] = methods_flag(METHODS, METHODS)
   num_train: int = flag(4000, "Number of training documents.")

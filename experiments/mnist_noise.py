@@ -125,7 +125,7 @@ class Settings(
 ):
   """The flags of this script."""
 
-  EXTENDABLE = ("noise_fraction", "methods", "mentor")
+  EXTENDABLE = ("noise_fraction", "methods", "num_seeds", "seeds_at_once", "mentor")
 
   dataset: str = flag("mnist")
   preset: str = flag(

@@ -37,7 +37,7 @@ class Settings(
 ):
   """The flags of both scripts, which set different values of `UNSET`."""
 
-  EXTENDABLE = ("methods", "imbalance", "mentor")
+  EXTENDABLE = ("methods", "imbalance", "num_seeds", "seeds_at_once", "mentor")
 
   dataset: str = flag("mnist")
   methods: tuple[str, ...] | None = methods_flag(None, METHODS)

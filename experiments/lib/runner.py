@@ -230,7 +230,8 @@ def open_folder(
   record = settings.record()
   compared = {k: v for k, v in record.items() if k not in settings.EXTENDABLE}
   compared = {**compared, **facts, "experiment": name}
-  return workdir_lib.prepare(workdir, compared, settings.input_files())
+  files = settings.input_files()
+  return workdir_lib.prepare(workdir, compared, files, settings.EXTENDABLE)
 
 
 def train(settings: Any, cell: Cell, folder: pathlib.Path) -> list[results_lib.Result]:

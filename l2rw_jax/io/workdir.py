@@ -1,6 +1,6 @@
 """The folder of a run: atomic writes, checksums, locks and provenance."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import contextlib
 import errno
 import fcntl
@@ -204,8 +204,10 @@ def file_digest(path: str | os.PathLike) -> str:
 
 
 # For each folder that this process has prepared, by resolved path: the content of
-# `settings.json`, and the file descriptor that holds the lock until the process ends.
+# `settings.json`, the names of extendable settings, and the file descriptor that holds
+# the lock until the process ends.
 _prepared: dict[pathlib.Path, dict[str, Any]] = {}
+_extendable: dict[pathlib.Path, frozenset[str]] = {}
 _locks: dict[pathlib.Path, int] = {}
 
 
@@ -213,6 +215,7 @@ def prepare(
   path: str | os.PathLike,
   settings: dict[str, Any],
   inputs: Mapping[str, str] | None = None,
+  extendable: Iterable[str] = (),
 ) -> pathlib.Path:
   """Creates the folder of a run, or reopens it for the same run.
 
@@ -227,6 +230,8 @@ def prepare(
     inputs: paths of the files that the run reads, by the name of their flag. The
       results also depend on their contents, so their checksums are saved. A file may
       be added later, for runs that need it, but not replaced.
+    extendable: names of settings on which no run depends. They are not in `settings`,
+      but earlier versions may have saved them; they are not compared.
 
   Returns:
     `path`, which exists and can be written to.
@@ -241,13 +246,16 @@ def prepare(
   digests = {name: file_digest(file) for name, file in (inputs or {}).items()}
   now = json.loads(_dump({**settings, "inputs": digests}))
   processes.check_same("the settings", now)
-  now = processes.on_first("prepare", lambda: _prepare(path, now))
+  names = frozenset(extendable)
+  now = processes.on_first("prepare", lambda: _prepare(path, now, names))
   _check_shared(folder)
-  _prepared[folder.resolve()] = now
+  _prepared[folder.resolve()], _extendable[folder.resolve()] = now, names
   return folder
 
 
-def _prepare(path: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
+def _prepare(
+  path: str | os.PathLike, now: dict[str, Any], extendable: frozenset[str]
+) -> dict[str, Any]:
   """Locks the folder, compares its settings with `now`, and writes and returns them."""
   folder = pathlib.Path(path)
   try:
@@ -264,7 +272,7 @@ def _prepare(path: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
   _remove_leftovers(folder)
   if (folder / _SETTINGS).exists():
     before = _read_settings(folder)
-    changes = setting_changes(before, now)
+    changes = setting_changes(before, now, extendable)
     if changes:
       raise base.InputError(
         f"--workdir={path} holds a run with other settings: {'; '.join(changes)}."
@@ -289,11 +297,29 @@ def settings_of(folder: str | os.PathLike) -> dict[str, Any]:
     The settings passed to `prepare`, with the checksums of the inputs under
     "inputs"; {} if this process has prepared no such folder.
   """
+  parent = _prepared_parent(folder)
+  return {} if parent is None else _prepared[parent]
+
+
+def saved_changes(folder: str | os.PathLike, old: dict[str, Any]) -> list[str]:
+  """Describes the differences of saved settings from those of a prepared folder.
+
+  Args:
+    folder: a prepared folder, or a place inside it.
+    old: settings that `settings_of` returned when a run was saved there.
+
+  Returns:
+    The differences, as in `changes`; none if one of the two settings is unknown.
+  """
+  parent = _prepared_parent(folder)
+  if parent is None or not old:
+    return []
+  return setting_changes(old, _prepared[parent], _extendable[parent])
+
+
+def _prepared_parent(folder: str | os.PathLike) -> pathlib.Path | None:
   place = pathlib.Path(folder).resolve()
-  for parent in (place, *place.parents):
-    if parent in _prepared:
-      return _prepared[parent]
-  return {}
+  return next((p for p in (place, *place.parents) if p in _prepared), None)
 
 
 def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
@@ -467,7 +493,9 @@ def _is_file(descriptor: int, path: pathlib.Path) -> bool:
 # -- identity --------------------------------------------------------------
 
 
-def setting_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def setting_changes(
+  old: dict[str, Any], new: dict[str, Any], extendable: Collection[str] = ()
+) -> list[str]:
   """Describes the differences between two sets of settings, as `changes` does.
 
   An input that only one of the two has is not a difference.
@@ -475,11 +503,13 @@ def setting_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   Args:
     old: settings with "inputs", as `settings_of` returns them.
     new: current settings, likewise.
+    extendable: names of settings that are not compared.
   """
 
   def flat(settings, other):
     common = settings.get("inputs", {}).keys() & other.get("inputs", {}).keys()
-    rest = {name: value for name, value in settings.items() if name != "inputs"}
+    apart = {"inputs", *extendable}
+    rest = {name: value for name, value in settings.items() if name not in apart}
     contents = {f"the content of --{n}": settings["inputs"][n] for n in common}
     return rest | contents
 

@@ -76,8 +76,8 @@ def check_run(old: Any, new: dict[str, Any], place: pathlib.Path) -> None:
     *workdir.changes(*({name: x[name] for name in rest} for x in (old, new))),
     *workdir.changes(old["config"], new["config"]),
   ]
-  if old["settings"] and new["settings"]:
-    differences += workdir.setting_changes(old["settings"], new["settings"])
+  if new["settings"]:
+    differences += workdir.saved_changes(place, old["settings"])
   _refuse(differences, place, f"seed {new['seed']} of another run")
 
 

@@ -140,7 +140,10 @@ _MISTAKES = {
   "absgd_alpha": (["--absgd_alpha=0", "--methods=absgd"], "--absgd_alpha=0 must lie"),
   "network": (["--network=cnn"], "should be one of <mlp|lenet>"),
   "data": (["--dataset=mnist", "--data_dir={run}/none"], "'mnist' does not exist"),
-  "other_settings": (["--workdir={run}", "--num_seeds=3"], "num_seeds was 2, now 3"),
+  "other_settings": (
+    ["--workdir={run}", "--shape=step"],
+    'shape was "exponential", now "step"',
+  ),
 }
 
 

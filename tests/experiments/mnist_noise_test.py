@@ -338,6 +338,40 @@ def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
+def _run_seeds(folder, num_seeds, at_once):
+  settings = script.Settings(
+    **{"dataset": "digits", "methods": ("uniform",), "noise_fraction": (0.5,)},
+    **{"num_epochs": 1, "batch_size": 500, "num_meta": 5, "num_devices": 1},
+    num_seeds=num_seeds,
+    seeds_at_once=at_once,
+  )
+  script.run(settings, folder)
+  return {
+    str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+    for path in folder.glob("seeds-*/*/seed-*/results.json")
+  }
+
+
+def test_more_seeds_keep_the_finished_groups(tmp_path, monkeypatch):
+  # The folder of a version that compared the number of seeds.
+  old = set(script.Settings.EXTENDABLE) - {"num_seeds", "seeds_at_once"}
+  with monkeypatch.context() as patch:
+    patch.setattr(script.Settings, "EXTENDABLE", tuple(old))
+    ((name, first),) = _run_seeds(tmp_path / "a", 1, 1).items()
+  continued = _run_seeds(tmp_path / "a", 2, 1)
+  assert continued[name] == first and len(continued) == 2
+  # The files do not depend on the call that made them.
+  fresh = _run_seeds(tmp_path / "b", 2, 1)
+  contents = {path: content for path, (content, _) in fresh.items() if path != name}
+  assert contents == {p: c for p, (c, _) in continued.items() if p != name}
+  # Two seeds side by side are another group: they are trained, not taken from above.
+  rows, _, _ = scripts.saved_rows(tmp_path / "a")
+  _run_seeds(tmp_path / "a", 2, 2)
+  grouped, _, _ = scripts.saved_rows(tmp_path / "a")
+  assert [r["seed"] for r in grouped] == [r["seed"] for r in rows] == [0, 1]
+  assert (tmp_path / "a" / "seeds-0-1").is_dir()
+
+
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_preset_own_on_mnist(tfds_dir, decoded, tmp_path):

@@ -204,6 +204,18 @@ def test_inputs_may_be_added_but_not_replaced(tmp_path):
     workdir.prepare(run, {"a": 1}, {"mentor": str(first)})
 
 
+def test_settings_that_became_extendable_are_not_compared(tmp_path):
+  workdir.prepare(tmp_path, {"a": 1, "num_seeds": 1})
+  old = workdir.settings_of(tmp_path)
+  workdir.prepare(tmp_path, {"a": 1}, extendable=("num_seeds", "other"))
+  assert workdir.settings_of(tmp_path) == {"a": 1, "inputs": {}}
+  assert workdir.saved_changes(tmp_path / "seed-0" / "results.json", old) == []
+  changed = workdir.saved_changes(tmp_path, {**old, "a": 2})
+  assert changed == ["a was 2, now 1"]
+  with pytest.raises(base.InputError, match="num_seeds was absent, now 1"):
+    workdir.prepare(tmp_path, {"a": 1, "num_seeds": 1})
+
+
 @pytest.mark.parametrize("file", ["seed-0/results.json", "x/checkpoints/5/data"])
 def test_results_without_settings_are_refused(tmp_path, file):
   workdir.prepare(tmp_path, {"a": 1})
