@@ -117,15 +117,18 @@ def _archive_features(
       f"{name} in {path} must be numbers, with an axis of examples and one or more axes"
       f" of features; it is {features.dtype} of shape {list(features.shape)}"
     )
-  if features.ndim == 4 and features.shape[1] in (1, 3):
+  if features.ndim == 4 and features.shape[1] in (1, 3, 4):
     if features.shape[3] not in (1, 3, 4):
       features = np.moveaxis(features, 1, 3)
       notes.append(f"The channels of {name} were moved to the last axis.")
   elif features.ndim == 3:
     features = features[..., None]
-  is_whole = features.dtype.kind in "biu" and features.ndim > 2
+  # Rows of features are standardized in float64: in float32, numbers such as times in
+  # seconds since 1970 would lose the digits in which they differ.
+  if features.ndim == 2 or features.dtype.kind in "biu":
+    return features
   with np.errstate(over="ignore"):  # Infinite values count as missing.
-    return features if is_whole else features.astype(np.float32, copy=False)
+    return features.astype(np.float32, copy=False)
 
 
 def _archive_labels(

@@ -1,11 +1,11 @@
 """CSV files: how cells are escaped, and which labels count as missing."""
 
-from collections.abc import Iterator
 import csv
 import io
 import os
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +49,8 @@ def reason_without_label(label: str) -> str:
 def read_rows(path: pathlib.Path) -> list[list[str]]:
   """The nonempty rows of a CSV file, with cells as they are stored; see `unquoted`.
 
-  Raises an `InputError` if the file cannot be read.
+  Raises an `InputError` if the file cannot be read, or if a quotation mark is not
+  closed, because a single cell would then contain all rows that follow it.
   """
   try:
     text = path.read_text(encoding="utf-8-sig")
@@ -61,14 +62,35 @@ def read_rows(path: pathlib.Path) -> list[list[str]]:
     # `csv.Sniffer` is not reliable if cells contain quotes or text.
     headers = {d: next(filter(None, _parsed(text, d)), []) for d in ",;\t|"}
     delimiter = max(headers, key=lambda d: len(headers[d]))
+    _check_quotes(path, text, delimiter)
     return [row for row in _parsed(text, delimiter) if row]
   except csv.Error as error:
     raise base.InputError(f"{path} is not a CSV file: {error}") from error
 
 
-def _parsed(text: str, delimiter: str) -> Iterator[list[str]]:
+def _parsed(text: str, delimiter: str, is_strict: bool = False) -> Any:
   # Lines end only at line breaks, not at other line separators of Unicode.
-  return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+  stream = io.StringIO(text, newline="")
+  return csv.reader(stream, delimiter=delimiter, strict=is_strict)
+
+
+def _check_quotes(path: pathlib.Path, text: str, delimiter: str) -> None:
+  """Raises InputError if a cell with an opening quotation mark swallows other rows.
+
+  Text after a closing quotation mark is allowed within a line.
+  """
+  reader = _parsed(text, delimiter, is_strict=True)
+  while True:
+    start = reader.line_num + 1
+    try:
+      if next(reader, None) is None:
+        return
+    except csv.Error as error:
+      if reader.line_num > start:
+        raise base.InputError(
+          f"{path} has a quotation mark in line {start} that is closed in another row"
+          " or not at all; close it, or write each quotation mark in a cell twice"
+        ) from error
 
 
 def corrected_labels(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

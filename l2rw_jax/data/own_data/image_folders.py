@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import os
 import pathlib
 from typing import Any
+import unicodedata
 
 import numpy as np
 
@@ -210,8 +211,10 @@ def _file_within(folder: pathlib.Path, cell: str) -> pathlib.Path | None:
   """
   unquoted = csv_files.unquoted(cell)
   stripped = unquoted.strip()
-  # The list may come from Windows.
-  for name in (unquoted, stripped, stripped.replace("\\", "/")):
+  # The list may come from Windows, or have another Unicode form than the file system.
+  slashes = stripped.replace("\\", "/")
+  forms = [unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")]
+  for name in dict.fromkeys((unquoted, stripped, slashes, *forms)):
     try:
       # Lexically, because the target of a link may be outside of the folder.
       inside = os.path.relpath(os.path.join(os.path.abspath(folder), name), folder)

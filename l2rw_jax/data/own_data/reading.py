@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 import re
+import unicodedata
 
 import numpy as np
 
@@ -245,6 +246,8 @@ def _convert(
       f"the label -1 ({int((examples.labels == '-1').sum())} examples) is a class. If"
       " it marks examples without a label, leave them out."
     )
+  if like is None:
+    raw.notes.extend(_notes_on_similar(class_names))
   is_array = isinstance(features, np.ndarray)
   if is_array:
     features = np.ascontiguousarray(features)
@@ -266,25 +269,44 @@ def _convert(
 
 
 def _unified(labels: np.ndarray, like: containers.Form | None) -> np.ndarray:
-  """Labels in which "1.0" is the same class as "1".
+  """Labels in which "1.0" and "+1" are the same class as "1".
 
-  Without `like`, ".0" is removed if all labels are whole numbers. With `like`, a label
-  that is not one of its classes becomes the class that differs only by ".0", if any.
+  Without `like`, ".0" and "+" are removed if all labels are whole numbers. With `like`,
+  a label that is not one of its classes becomes the class that differs only by them, if
+  any. Unicode has two forms of some letters, such as é; file systems and spreadsheets
+  use different ones, so labels are converted to the same form (NFC).
   """
-  names = [str(label) for label in labels]
+  names = [unicodedata.normalize("NFC", str(label)) for label in labels]
   if like is None:
     if all(_WHOLE.fullmatch(name) for name in names):
-      names = [_without_zeros(name) for name in names]
+      names = [_plain(name) for name in names]
   else:
     known = set(like.class_names)
-    similar = {_without_zeros(name): name for name in like.class_names}
-    names = [n if n in known else similar.get(_without_zeros(n), n) for n in names]
+    similar = {_plain(name): name for name in like.class_names}
+    names = [n if n in known else similar.get(_plain(n), n) for n in names]
   return np.array(names, object)
 
 
-def _without_zeros(label: str) -> str:
-  """ "1" for "1.0" and "1."; other labels are returned unchanged."""
-  return label.partition(".")[0] if _WHOLE.fullmatch(label) else label
+def _plain(label: str) -> str:
+  """ "1" for "1.0", "1." and "+1"; other labels are only converted to NFC."""
+  if _WHOLE.fullmatch(label):
+    return label.partition(".")[0].removeprefix("+")
+  return unicodedata.normalize("NFC", label)
+
+
+def _notes_on_similar(class_names: Sequence[str]) -> list[str]:
+  """Notes on names that differ only in case, spaces or invisible characters."""
+  first: dict[str, str] = {}
+  notes = []
+  for name in class_names:
+    visible = "".join(c for c in name if unicodedata.category(c) != "Cf").strip()
+    key = re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", " ", visible).casefold()
+    if first.setdefault(key, name) != name:
+      notes.append(
+        f"The classes {first[key]!r} and {name!r} have almost the same name. If they"
+        " are one class, give them the same name."
+      )
+  return notes
 
 
 def _ordered(labels: np.ndarray) -> tuple[str, ...]:

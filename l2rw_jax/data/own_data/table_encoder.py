@@ -33,11 +33,14 @@ class Encoder:
     categorical: the names of the categorical columns.
     transforms: the fitted scikit-learn transformers for numeric and for categorical
       columns, each None if there are no such columns.
+    has_numbers: whether each numeric column, or each column of the array, had a number;
+      the other ones are left out.
   """
 
   numeric: tuple[str, ...] | None
   categorical: tuple[str, ...]
   transforms: tuple[Any, Any]
+  has_numbers: np.ndarray
 
   @classmethod
   def fit(cls, name: str, values: Any, notes: list[str]) -> "Encoder":
@@ -74,14 +77,14 @@ class Encoder:
       scaler = pipeline.make_pipeline(
         impute.SimpleImputer(strategy="median", add_indicator=True),
         preprocessing.StandardScaler(),
-      ).fit(numbers)
+      ).fit(numbers[:, ~empty])
     if categorical:
       encoder = preprocessing.OneHotEncoder(
         handle_unknown="infrequent_if_exist",
         max_categories=_MAX_CATEGORIES,
         sparse_output=False,
       ).fit(_categories(values, categorical))
-    return cls(labels, tuple(categorical), (scaler, encoder))
+    return cls(labels, tuple(categorical), (scaler, encoder), ~empty)
 
   def __call__(self, name: str, values: Any) -> np.ndarray:
     """Returns the features of rows, float32 [N, D'].
@@ -111,12 +114,12 @@ class Encoder:
       numbers = _numbers(values, self.numeric)
     blocks = []
     if scaler is not None:
-      if numbers.shape[1] != scaler.n_features_in_:
+      if numbers.shape[1] != len(self.has_numbers):
         raise base.InputError(
           f"{name} has {numbers.shape[1]} features, but the other data have"
-          f" {scaler.n_features_in_}"
+          f" {len(self.has_numbers)}"
         )
-      blocks.append(scaler.transform(numbers))
+      blocks.append(scaler.transform(numbers[:, self.has_numbers]))
     if encoder is not None:
       blocks.append(encoder.transform(_categories(values, self.categorical)))
     return np.concatenate(blocks, axis=1).astype(np.float32)

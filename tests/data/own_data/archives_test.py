@@ -1,5 +1,7 @@
 """NumPy archives: names of arrays, labels of every type, and missing values."""
 
+import warnings
+
 import numpy as np
 import pytest
 import user_files
@@ -68,6 +70,27 @@ def test_archives_with_missing_values(tmp_path):
     "row 7": "it has no label",
     "row 4": "it has NaN or infinite values",
   }
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_before_the_pixels_are_moved(tmp_path, channels):
+  x = np.arange(12 * channels * 30, dtype=np.uint16).reshape(12, channels, 5, 6)
+  data = own_data.read(user_files.write_archive(tmp_path / "a.npz", x))
+  np.testing.assert_array_equal(data.features, np.moveaxis(x, 1, 3))
+  assert "The channels of X were moved to the last axis." in data.notes
+
+
+def test_rows_of_large_numbers_keep_their_differences(tmp_path):
+  seconds = 1.7e9 + np.arange(12.0)  # float32 has steps of 128 here.
+  rows = np.stack([seconds, np.full(12, np.nan), np.arange(12.0)], axis=1)
+  expected = (np.arange(12) - 5.5) / np.arange(12.0).std()
+  for x in (rows, rows[:, ::2].astype(np.int64)):
+    np.savez(tmp_path / "a.npz", X=x, y=np.arange(12) % 2)
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")  # scikit-learn warns of the empty column.
+      features = own_data.read(f"npz:{tmp_path / 'a.npz'}").features
+    np.testing.assert_allclose(features[:, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(features[:, 1], expected, rtol=1e-6)
 
 
 def test_archives_of_rows_are_standardized_by_the_training_rows(tmp_path):

@@ -6,6 +6,7 @@ import user_files
 
 from l2rw_jax import base
 from l2rw_jax.data import own_data
+from l2rw_jax.data.own_data import csv_files
 
 
 def test_a_blank_first_line_does_not_hide_the_delimiter(tmp_path):
@@ -34,6 +35,28 @@ def test_delimiters_quotes_and_line_breaks(tmp_path, delimiter):
     "one\u2028line",
   ]
   assert data.skipped == () and data.form.class_names == ("p", "q")
+
+
+def test_a_quotation_mark_that_swallows_rows_is_refused(tmp_path):
+  path = tmp_path / "a.csv"
+  lines = ["a,label", *(f"{i},x" for i in range(9))]
+  cases = {  # Lines 4 and 8, and whether the file is read.
+    ('1,"x', "2,x"): False,  # Never closed: all rows after it would be in one cell.
+    ('1,"x', '2,"y"'): False,  # The next quotation mark would close it.
+    ('"5" pipe",x', "2,x"): True,
+    ('5" pipe,x', "2,x"): True,
+    ('1,"a\nb"', "2,x"): True,
+    ('1,"say ""x"""', "2,x"): True,
+  }
+  for (fourth, eighth), is_read in cases.items():
+    changed = [*lines]
+    changed[3], changed[7] = fourth, eighth
+    path.write_text("\n".join(changed))
+    if is_read:
+      assert len(csv_files.read_rows(path)) == 10
+    else:
+      with pytest.raises(base.InputError, match="quotation mark in line 4"):
+        csv_files.read_rows(path)
 
 
 def test_escaped_cells_are_read_back_unchanged(tmp_path):

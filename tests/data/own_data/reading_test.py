@@ -1,5 +1,7 @@
 """Test sets, other data with the same form, and mistakes of every kind."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import user_files
@@ -17,6 +19,7 @@ from l2rw_jax.data import sources
     (["1", "1.0", "0", "0."], ("0", "1")),
     (["1.0", "0.0"], ("0", "1")),
     (["01", "1"], ("01", "1")),
+    (["+1", "1", "-1.0"], ("-1", "1")),
     (["1.0", "1.5"], ("1.0", "1.5")),
     (["1", "a"], ("1", "a")),
   ],
@@ -57,6 +60,40 @@ def test_labels_without_a_point_fit_those_of_other_data(tmp_path, labels, others
   other = own_data.read(table("other.csv", others), like=train.form)
   expected = {"1": 0, "1.0": 0, "2": 2}
   assert other.labels.tolist() == [expected[others[i % len(others)]] for i in range(20)]
+
+
+def test_labels_in_two_unicode_forms_are_one_class(tmp_path):
+  forms = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+  points, labels = np.arange(12.0)[:, None], np.resize([*forms, "b"], 12)
+  data = own_data.read(user_files.write_archive(tmp_path / "a.npz", points, labels))
+  assert data.form.class_names == ("b", forms[0])
+  # Folders of macOS have the second form, and most lists the first.
+  for name in (forms[1], "b"):
+    for i in range(2):
+      user_files.save_image(tmp_path / "images" / name / f"{i}.png", 10 * i)
+  lines = [f"{name}/{i}.png,{name}" for name in (forms[0], "b") for i in range(2)]
+  listing = tmp_path / "labels.csv"
+  listing.write_text("\n".join(lines), encoding="utf-8")
+  for labels in (None, listing):
+    data = own_data.read(f"images:{tmp_path / 'images'}", labels=labels)
+    assert data.form.class_names == ("b", forms[0]) and not data.skipped
+  trusted = user_files.write_archive(
+    tmp_path / "t.npz", np.zeros((4, 4, 6), np.uint8), np.resize([*forms, "b"], 4)
+  )
+  assert own_data.read(trusted, like=data.form).labels.tolist() == [1, 1, 0, 1]
+
+
+def test_classes_with_almost_the_same_name_are_noted(tmp_path):
+  def notes(*names):
+    rows = [f"{i * i},{names[i % len(names)]}" for i in range(12)]
+    data = own_data.read(user_files.write_table(tmp_path / "t.csv", rows, "a,label"))
+    assert len(data.form.class_names) == len(names)
+    return [note for note in data.notes if "almost the same name" in note]
+
+  (note,) = notes("sea lion", "Sea_Lion", "seal")
+  assert note.startswith("The classes 'Sea_Lion' and 'sea lion' have almost")
+  assert len(notes("cat", "cat\u200b", "dog")) == 1
+  assert not notes("-1", "1") and not notes("C", "C++", "C#") and not notes("x_1", "x1")
 
 
 def test_a_label_that_counts_as_missing_is_named(tmp_path):
