@@ -1,6 +1,6 @@
 """Trains cells (one method on one kind of data) and reports the rows of the runs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 import dataclasses
 import hashlib
 import os
@@ -217,21 +217,30 @@ def open_folder(
   if not settings.SEVERAL_PROCESSES and processes.count() > 1:
     raise base.InputError(distributed.refusal("jax.distributed"))
   flags = settings_lib.flags_of(type(settings))
-  # These flags change a method's program, but not its results. The program must be the
-  # same in all processes.
+  files = settings.input_files()
+  # Some flags change a method's program, but not its results, and others select the
+  # runs. `prepare` does not compare them, but they must be the same in all processes.
+  # Hosts may have the same file in different places; `prepare` compares the contents.
   processes.check_same(
     "the flags",
     {
       name: getattr(settings, name)
       for name, details in flags.items()
-      if details.group == "method" and not details.recorded
+      if name in settings.EXTENDABLE
+      or (details.group == "method" and not details.recorded)
+      if not _names_files(getattr(settings, name), files.values())
     },
   )
   record = settings.record()
   compared = {k: v for k, v in record.items() if k not in settings.EXTENDABLE}
   compared = {**compared, **facts, "experiment": name}
-  files = settings.input_files()
   return workdir_lib.prepare(workdir, compared, files, settings.EXTENDABLE)
+
+
+def _names_files(value: Any, paths: Collection[str]) -> bool:
+  """Whether the value of a flag is the path of a file, or a list of such paths."""
+  values = value if isinstance(value, tuple) else (value,)
+  return bool(values) and all(one in paths for one in values)
 
 
 def train(settings: Any, cell: Cell, folder: pathlib.Path) -> list[results_lib.Result]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scripts
 
+from experiments import mnist_noise
 from experiments.lib import registries
 from experiments.lib import runner
 from l2rw_jax import base
@@ -69,6 +70,25 @@ def test_processes_with_other_flags_that_save_memory_are_refused(tmp_path, monke
   with pytest.raises(base.InputError, match="microbatch_size is null in process 0 and"):
     runner.open_folder(_Settings(), "noise", tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_select_other_runs_are_refused(tmp_path, monkeypatch):
+  compared = []
+
+  def exchange(name, text):
+    compared.append(text)
+    return [text, text.replace('"num_seeds": 1', '"num_seeds": 3')]
+
+  monkeypatch.setattr(processes, "exchange", exchange)
+  settings = mnist_noise.Settings(num_seeds=1)
+  with pytest.raises(base.InputError, match="num_seeds is 1 in process 0 and 3 in"):
+    runner.open_folder(settings, "noise", tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  # The same file may have another path on another host.
+  mentor = _saved_mentor(tmp_path / "mentor.json", "pd", 1)
+  with pytest.raises(base.InputError, match="num_seeds is 1"):
+    runner.open_folder(settings.replace(mentor=(mentor,)), "noise", tmp_path / "run")
+  assert '"mentor": []' in compared[0] and "mentor" not in compared[1]
 
 
 @pytest.mark.ci
