@@ -171,6 +171,15 @@ class Settings(settings_lib.Settings):
     """Number of classes of a task."""
     return self.num_ways or (2 if self.dataset == "digits" else 5)
 
+  @functools.cached_property
+  def class_sources(self) -> list[sources.Source]:
+    """The result of `load_classes`, which is kept with these settings.
+
+    It is not kept for the whole process, because a user's files may change before other
+    settings read them.
+    """
+    return load_classes(self)
+
 
 TABLE = table.Layout(
   name="few_shot",
@@ -204,10 +213,7 @@ TABLE = table.Layout(
 )
 
 
-@functools.cache
-def load_classes(
-  dataset: str, data_dir: str | None, cache_dir: str | None
-) -> list[sources.Source]:
+def load_classes(settings: Settings) -> list[sources.Source]:
   """The sources of the training, validation, tuning and test classes.
 
   The division of the classes does not depend on the seed, so that no setting is chosen
@@ -216,6 +222,7 @@ def load_classes(
   Raises:
     InputError: a data set cannot be loaded, or has too few classes.
   """
+  dataset, data_dir = settings.dataset, settings.data_dir
   if dataset == "mini_imagenet":
     if data_dir is None:
       raise base.InputError("--dataset=mini_imagenet needs --data_dir=FOLDER.")
@@ -226,10 +233,11 @@ def load_classes(
     half = val.num_classes // 2
     return [train, *image_classes.split_classes(val, (half, half), 0), test]
   if dataset == "omniglot":
-    whole = image_classes.omniglot(data_dir=data_dir, cache_dir=cache_dir)
+    whole = image_classes.omniglot(data_dir=data_dir, cache_dir=settings.cache_dir)
   else:
-    with settings_lib.naming("dataset", dataset):
-      whole = sources.load(dataset, "train", data_dir=data_dir, cache_dir=cache_dir)
+    whole = settings.load("train")
+    if whole.images.ndim != 4 or whole.images.dtype != np.uint8:
+      raise base.InputError(f"--dataset={dataset} has no uint8 images [N, H, W, C].")
   first = [max(1, round(share * whole.num_classes)) for share in _SHARES]
   shares = (*first, whole.num_classes - sum(first))
   return image_classes.split_classes(whole, _CLASSES.get(dataset, shares), seed=0)
@@ -264,9 +272,7 @@ def ood_source(
 
 def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Episodes:
   """The tasks of a seed and a share of OOD tasks, which all methods share."""
-  train, meta, tuning, test = load_classes(
-    settings.dataset, settings.data_dir, settings.cache_dir
-  )
+  train, meta, tuning, test = settings.class_sources
   if settings.rotations:
     train = image_classes.rotated(train)
   num_clusters = settings.num_clusters

@@ -152,13 +152,22 @@ def resized(images: np.ndarray, size: int, channels: int) -> np.ndarray:
   """Resizes uint8 [N, H, W, 1 or 3] to [N, size, size, channels], with antialiasing.
 
   Three channels are converted to one by their luminance; one channel is copied to
-  three.
+  three. A fourth channel (transparency) is left out.
+
+  Raises:
+    InputError: the images must change, and they or the results do not have the channels
+      of gray or color images.
   """
   from PIL import Image
 
   shape = (size, size, channels)
   if images.shape[1:] == shape:
     return images
+  if images.shape[-1] not in (1, 3, 4) or channels not in (1, 3):
+    raise base.InputError(
+      f"images of shape {images.shape[1:]} cannot be resized to {shape}; give gray"
+      " images (1 channel) or color images (3 channels)"
+    )
   results = np.empty((len(images), *shape), np.uint8)
   for i, pixels in enumerate(images):
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
@@ -182,7 +191,16 @@ def rotated(source: sources.Source) -> sources.Source:
   Class c rotated by 90 k degrees becomes class c + k C. Omniglot is extended in this
   way in few-shot learning. Split the classes before you call this function, so that a
   character and its rotations are in the same part.
+
+  Raises:
+    InputError: the images are not square.
   """
+  height, width = source.images.shape[1:3]
+  if height != width:
+    raise base.InputError(
+      f"the images of {source.name} have {width} x {height} pixels; only square images"
+      " can be rotated: crop or resize them, or train without rotations"
+    )
   whole = examples_lib.read_rows(source.images, np.arange(len(source.labels)))
   images = [np.rot90(whole, k, axes=(1, 2)) for k in range(4)]
   labels = [source.labels + k * source.num_classes for k in range(4)]

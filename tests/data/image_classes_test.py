@@ -81,6 +81,18 @@ def test_rotated_classes():
   assert rotated.labels[5] == 1 + 2 * 2  # Class 1 of 2 after two rotations.
 
 
+def test_images_that_cannot_be_rotated_or_resized_are_refused():
+  source = _source(num_classes=2, per_class=1)
+  wide = source._replace(images=np.zeros((2, 4, 6, 1), np.uint8))
+  with pytest.raises(base.InputError, match="6 x 4 pixels; only square images can be"):
+    image_classes.rotated(wide)
+  two, four = (np.full((1, 4, 4, c), 9, np.uint8) for c in (2, 4))
+  for images, channels in ((two, 3), (four[..., :3], 2)):
+    with pytest.raises(base.InputError, match=r"cannot be resized to \(2, 2, "):
+      image_classes.resized(images, 2, channels)
+  assert image_classes.resized(four, 2, 3).tolist() == [[[[9] * 3] * 2] * 2]
+
+
 def test_shuffled_classes_keep_their_sizes():
   source = _source(num_classes=4, per_class=20)
   shuffled = image_classes.shuffled(source, seed=0)

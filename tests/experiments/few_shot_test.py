@@ -4,6 +4,7 @@ import json
 
 from flax import linen as nn
 import numpy as np
+from PIL import Image
 import pytest
 import scripts
 
@@ -184,6 +185,35 @@ def test_every_kind_of_out_of_distribution_source_can_be_read(tmp_path):
     assert source.images.shape == (size, 8, 8, 1)
   with pytest.raises(base.InputError, match="has no uint8 images"):
     script.ood_source(script.Settings(ood=f"npz:{tmp_path}/rows.npz"), train, 0)
+
+
+def test_a_users_data_are_read_for_each_settings_object(tmp_path, capsys):
+  def settings():
+    return script.Settings(
+      **{"dataset": f"images:{tmp_path / 'own'}", "ood": "none", "num_ways": 2},
+      **{"num_tasks": 2, "num_meta_tasks": 1, "num_test_tasks": 2, "num_clusters": 1},
+      num_queries=1,
+    )
+
+  for label in "abcdefghijklmnop":
+    folder = tmp_path / "own" / label
+    folder.mkdir(parents=True)
+    for i in range(5):
+      image = np.full((4, 4), 10 * i, np.uint8)
+      Image.fromarray(image).save(folder / f"{i}.png")
+  (tmp_path / "own" / "a" / "bad\x1b.png").write_text("")
+  problem = script.make_problem(settings(), 0.0, seed=0)
+  # What was skipped is printed, without characters that a terminal would execute.
+  assert "1 skipped (a/bad\\x1b.png: it is not an image)" in capsys.readouterr().out
+  for path in (tmp_path / "own").glob("*/?.png"):
+    Image.fromarray(np.full((4, 4), 200, np.uint8)).save(path)
+  changed = script.make_problem(settings(), 0.0, seed=0)
+  assert changed.splits.train.image[:1].min() == 200
+  assert problem.splits.train.image[:2].max() <= 40
+  table = tmp_path / "t.csv"
+  table.write_text("a,label\n" + "".join(f"{i * i},{i % 8}\n" for i in range(80)))
+  with pytest.raises(base.InputError, match=r"--dataset=csv.* has no uint8 images"):
+    script.make_problem(settings().replace(dataset=f"csv:{table}"), 0.0, seed=0)
 
 
 @pytest.mark.filterwarnings("error")
