@@ -159,6 +159,12 @@ def _invert(
   # `read_rows` copies the images, so that those of the source do not change.
   images = examples_lib.read_rows(source.images, np.arange(len(source.labels)))
   brightest = 255 if images.dtype == np.uint8 else 1
+  # Rounding can make pixels that were divided by 255 slightly larger than 1.
+  if images.size and not 0 <= images.min() <= images.max() <= 1.001 * brightest:
+    raise base.InputError(
+      "the groups 'inverted' need pixels from 0 to 255 (uint8) or from 0 to 1;"
+      f" {source.name} has numbers from {images.min():g} to {images.max():g}"
+    )
   images[rows] = brightest - images[rows]
   inverted = np.zeros(len(images), np.int32)
   inverted[rows] = 1

@@ -147,6 +147,18 @@ def test_invalid_arguments_raise(options, message):
     make(**options)
 
 
+def test_numbers_that_are_no_pixels_are_not_inverted():
+  # Standardized columns of a table, or pixels of 16 bits.
+  for change in (lambda x: x - 0.5, lambda x: 65535 * x):
+    train, test = (
+      part._replace(images=change(part.images))
+      for part in (source(dtype=np.float32), source("test", 11, dtype=np.float32))
+    )
+    with pytest.raises(base.InputError, match="'inverted' need pixels from 0 to 255"):
+      make(train, test, groups="inverted")
+    make(train, test)
+
+
 def test_a_class_without_images_raises():
   train, test = (
     source(split)._replace(num_classes=_CLASSES + 1) for split in ("train", "test")
