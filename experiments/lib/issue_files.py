@@ -175,6 +175,7 @@ def write(
   workdir_lib.write_bytes(folder / "issues.csv", mark + table)
   worst = issues.index[:num_pictures].tolist()
   notes = [
+    *notes_on_chance(issues),
     *own_data.report(data),
     *(f"Skipped: {name}: {reason}" for name, reason in data.skipped),
   ]
@@ -193,6 +194,27 @@ def write(
   workdir_lib.write_text(folder / "issues.html", html)
 
 
+def notes_on_chance(issues: audit.LabelIssues) -> list[str]:
+  """A note if the network has not learned the classes, or nothing.
+
+  The share of examples whose most likely class is the given label, averaged over the
+  classes, is compared with that of random classes, up to two standard errors.
+  """
+  sizes = issues.confusion.sum(axis=0)
+  is_present = sizes > 0
+  sizes, number = sizes[is_present], int(is_present.sum())
+  share = (np.diag(issues.confusion)[is_present] / sizes).mean()
+  chance = 1 / number
+  error = np.sqrt(chance * (1 - chance) * (1 / sizes).sum()) / number
+  if number < 2 or share >= chance + 2 * error:
+    return []
+  return [
+    f"The network agrees with {share:.0%} of the labels of a class on average, and"
+    f" chance with {chance:.0%}: it has not learned the classes, so the ranking and the"
+    " number of wrong labels mean nothing. Train longer, or use other features."
+  ]
+
+
 def summary(data: own_data.OwnData, issues: audit.LabelIssues) -> str:
   """The text to print: the number of issues and at most five of them, worst first."""
   size = len(data.labels)
@@ -206,4 +228,4 @@ def summary(data: own_data.OwnData, issues: audit.LabelIssues) -> str:
       f"  {data.names[issues.index[rank]]}: given {names[issues.given[rank]]},"
       f" suggested {names[issues.suggested[rank]]}, score {issues.score[rank]:.2f}"
     )
-  return "\n".join(lines)
+  return "\n".join([*lines, *notes_on_chance(issues)])

@@ -35,9 +35,9 @@ class Result(NamedTuple):
       source_index, label, true_label, mean_weight and last_weight (both in units of the
       uniform weight), seen (number of batches), rejected (number of batches with weight
       0). A high rejected / seen indicates a wrong label, and does so better than a low
-      mean_weight. For a user's data, source_index is a position in the result of
-      `own_data.read(NAME, "train")`, whose `names` are the paths or rows in the files. The two columns of labels are missing if examples have several
-      labels.
+      mean_weight. The two columns of labels are missing if examples have several
+      labels. For a user's data, source_index is a position in the result of
+      `own_data.read(NAME, "train")`, whose `names` are the paths or rows in the files.
     statistics: what the method reports for each training example, arrays [N, ...] by
       name, as in `audit.recording`; empty if it reports nothing.
     params: the trained parameters after the last step, NumPy arrays.

@@ -190,6 +190,25 @@ def test_predictions_that_are_all_equal_give_no_issues(monkeypatch, tmp_path):
   assert issues.num_issues == 0 and not issues.score.any()
 
 
+def test_a_network_that_has_not_learned_is_noted(tmp_path):
+  rng = np.random.default_rng(0)
+  labels = np.resize([0, 0, 0, 1, 2], 300)  # Of different sizes.
+  points = rng.normal(size=(300, 2))
+  np.savez(tmp_path / "a.npz", X=points, y=labels)
+  data = own_data.read(f"npz:{tmp_path / 'a.npz'}")
+  random = rng.dirichlet(np.ones(3), size=300)
+  learned = 0.8 * random + 0.2 * np.eye(3)[labels]
+  printed = {}
+  for name, p in (("random", random), ("learned", learned)):
+    issues = audit.find_label_issues({"mean_probabilities": p}, labels)
+    printed[name] = issue_files.summary(data, issues)
+    issue_files.write(tmp_path, data, issues, name=name, num_pictures=0)
+    printed[name] += (tmp_path / "issues.html").read_text()
+  assert printed["random"].count("it has not learned the classes") == 2
+  assert "and chance with 33%" in printed["random"]
+  assert "not learned" not in printed["learned"]
+
+
 def test_files_have_a_byte_order_mark_only_if_their_text_is_not_ascii(tmp_path):
   np.savez(tmp_path / "a.npz", X=np.eye(4), y=["a", "a", "é", "é"])
   data = own_data.read(f"npz:{tmp_path / 'a.npz'}")
