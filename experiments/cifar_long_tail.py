@@ -105,7 +105,7 @@ def make_preset(settings: Settings) -> long_tail.Preset:
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
-  train, test = settings.load("train"), settings.load("test")
+  train, test = settings.load_images("train"), settings.load("test")
   network = settings.network or ("resnet_8" if settings.smoke else "resnet_32")
 
   def make_model(cosine: bool) -> classifier.Classifier:

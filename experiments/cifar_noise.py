@@ -362,7 +362,7 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
     settings.check_used("decay_steps", False, "with --schedule")
   optimizer = settings.scheduled(make_optimizer(preset))
   facts = make_facts(settings, preset)
-  images = settings.load("train", facts["dataset"]).images
+  images = settings.load_images("train", dataset=facts["dataset"]).images
   fraction = preset.noise_fraction
   return [
     runner.method_cell(

@@ -277,6 +277,8 @@ def make_cell(
     name = f"condensed-{name}-{kept}-{percent}"
   large, num_classes = settings.dataset == "cifar10", splits[0].num_classes
   network = settings.network or ("resnet" if large else "mlp")
+  if network != "mlp":
+    settings.load_images("train", f"--network={network}")
   meta_batch_size = settings.meta_batch_size
   if meta_batch_size is None and large:
     meta_batch_size = 100

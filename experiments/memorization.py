@@ -227,6 +227,8 @@ def make_models(settings: Settings) -> list[tuple[str, float, float]]:
   ]
   for network in networks:
     make_network(network)
+  if "lenet" in networks:
+    settings.load_images("train", "--networks=lenet")
   models = list(dict.fromkeys(models))
   if len(models) * settings.num_seeds < 2:
     raise base.InputError(

@@ -196,7 +196,7 @@ def make_splits(
   """
   small, num_meta = settings.dataset == "digits", settings.num_meta
   num_test = make_protocol(settings).num_test
-  if not {4, 9} <= set(settings.load("train").labels.tolist()):
+  if not {4, 9} <= set(settings.load_images("train").labels.tolist()):
     raise base.InputError(f"--dataset={settings.dataset} needs the classes 4 and 9.")
   return [
     four_vs_nine.four_vs_nine(

@@ -82,6 +82,8 @@ TABLE = long_tail.make_table(
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
   train, test = settings.load("train"), settings.load("test")
+  if settings.network == "lenet":
+    settings.load_images("train", "--network=lenet")
 
   def make_model(cosine: bool) -> classifier.Classifier:
     network = registries.SMALL_NETWORKS[settings.network]

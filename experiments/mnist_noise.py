@@ -388,6 +388,10 @@ def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, An
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
   names = settings.choose_methods(settings.methods, METHODS)
+  if settings.network == "lenet":
+    settings.load_images("train", "--network=lenet")
+  if settings.pixels == "raw":
+    settings.load_images("train", "--pixels=raw")
   fractions = settings.noise_fraction
   has_variants = settings.noise in registries.TWO_VARIANTS
   settings.check_used("noise_variant", has_variants, f"with --noise={settings.noise}")

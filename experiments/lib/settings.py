@@ -444,6 +444,27 @@ class DataFlags(Flags):
       folders = {"data_dir": self.data_dir, "cache_dir": self.cache_dir}
       return _load(name, split, in_memory=self._in_memory(), **folders)
 
+  def load_images(
+    self, split: str, where: str = "this script", dataset: str | None = None
+  ) -> sources.Source:
+    """Like `load`, for networks and augmentations that take only images.
+
+    Args:
+      split: the split.
+      where: what needs images, for the message.
+      dataset: the data set; None is `--dataset`.
+
+    Raises:
+      InputError: the examples are not images.
+    """
+    source = self.load(split, dataset)
+    if source.images.ndim != 4:
+      raise base.InputError(
+        f"{where} needs images [N, H, W, C], but --dataset={source.name} has examples"
+        f" of shape {list(source.images.shape[1:])}."
+      )
+    return source
+
   def read_own(self, name: str, part: str) -> own_data.OwnData:
     """A part of a user's data, such as images:DIR, which is read only once.
 

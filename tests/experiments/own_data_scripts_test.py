@@ -8,8 +8,12 @@ from PIL import Image
 import pytest
 import scripts
 
+from experiments import cifar_long_tail
 from experiments import cifar_noise
 from experiments import digits_noise
+from experiments import fairness
+from experiments import memorization
+from experiments import mnist_imbalance
 from experiments import mnist_long_tail
 from experiments import mnist_noise
 from l2rw_jax import base
@@ -225,6 +229,30 @@ def test_trusted_examples_are_the_meta_set_of_the_other_scripts(tmp_path):
     np.testing.assert_array_equal(split.meta.image, images[:5])
   with pytest.raises(base.InputError, match="--num_meta has no effect with --trusted"):
     cifar_noise.make_splits(cifar_noise.Settings(num_meta=2, **flags), preset, (0,))
+
+
+@pytest.mark.parametrize(
+  ("script", "flags", "where"),
+  [
+    (mnist_imbalance, {}, "this script"),
+    (mnist_noise, {"network": "lenet"}, "--network=lenet"),
+    (mnist_noise, {"pixels": "raw"}, "--pixels=raw"),
+    (mnist_long_tail, {"network": "lenet"}, "--network=lenet"),
+    (cifar_noise, {"smoke": True, "network": "mlp"}, "this script"),
+    (cifar_long_tail, {"smoke": True, "network": "mlp"}, "this script"),
+    (memorization, {"networks": ("mlp-4", "lenet")}, "--networks=lenet"),
+    (fairness, {"network": "resnet", "imbalance": 2.0}, "--network=resnet"),
+  ],
+)
+def test_what_takes_images_takes_no_table(tmp_path, script, flags, where):
+  labels = np.arange(200) % 10
+  points = np.random.default_rng(0).normal(size=(200, 3))
+  np.savez(tmp_path / "rows.npz", X=points, y=labels)
+  settings = script.Settings(dataset=f"npz:{tmp_path / 'rows.npz'}", **flags)
+  message = rf"^{where} needs images \[N, H, W, C\], but --dataset=.* shape \[3\]"
+  with pytest.raises(base.InputError, match=message):
+    script.run(settings, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_schedule_replaces_the_drops_of_the_preset():
