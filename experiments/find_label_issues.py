@@ -25,6 +25,7 @@ from experiments.lib import issue_files
 from experiments.lib import launch
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib import trusted as trusted_lib
 from experiments.lib.settings import data_flag, flag
 from l2rw_jax import audit
 from l2rw_jax import base
@@ -65,7 +66,8 @@ class Settings(settings_lib.Settings):
   csv: str | None = data_flag(None, "CSV file with a header.")
   label_column: str | None = data_flag(
     None,
-    "Column of the labels in --csv, and in a CSV file of --trusted.",
+    "Column of the labels in --csv, and in a CSV file of --trusted unless that is"
+    " csv:FILE#NAME.",
     unset="a column called label, labels, class, target or y, or otherwise the last",
   )
   dataset: str | None = flag(None)
@@ -184,10 +186,16 @@ def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData
   """
   if settings.trusted is None:
     return None
-  is_table = settings.trusted.startswith("csv:")
-  label_column = settings.label_column if is_table else None
+  kind, _, place = settings.trusted.partition(":")
+  # csv:FILE#NAME names a column of its own.
+  has_column = "#" in place and not pathlib.Path(place).expanduser().exists()
+  label_column = None if kind != "csv" or has_column else settings.label_column
   with settings_lib.naming("trusted", settings.trusted):
-    return own_data.read(settings.trusted, label_column=label_column, like=data.form)
+    examples = own_data.read(
+      settings.trusted, label_column=label_column, like=data.form
+    )
+  trusted_lib.show_report(settings.trusted, examples)
+  return examples
 
 
 def prepare(

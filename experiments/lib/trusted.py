@@ -19,6 +19,22 @@ def _scale(images: Any) -> own_data.Pixels | None:
   return own_data.BYTES if images.dtype == np.uint8 else None
 
 
+def show_report(name: str, data: own_data.OwnData) -> None:
+  """Prints what was skipped or changed, and which classes have no trusted example."""
+  settings_lib.show_report(name, data)
+  class_names = data.form.class_names
+  counts = np.bincount(data.labels, minlength=len(class_names))
+  missing = [class_names[c] for c in np.flatnonzero(counts == 0)]
+  if missing:
+    shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    print(
+      settings_lib.printable(
+        f"{name}: {len(missing)} of {len(class_names)} classes have no trusted example"
+        f" ({shown}). Methods that use a meta set give low weights to their examples."
+      )
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings(settings_lib.Settings):
   """The flag --trusted, for scripts that also have --dataset and --num_meta."""
@@ -63,7 +79,7 @@ class Settings(settings_lib.Settings):
       form = own_data.Form(names, train.images.shape[1:], pixels=_scale(train.images))
     with settings_lib.naming("trusted", self.trusted):
       data = own_data.read(self.trusted, like=form)
-    settings_lib.show_report(self.trusted, data)
+    show_report(self.trusted, data)
     self._show_overlap(data.features)
     return sources.from_own(self.trusted, "trusted", data)
 

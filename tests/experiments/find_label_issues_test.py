@@ -178,6 +178,30 @@ def test_a_folder_of_images_may_have_trusted_images(tmp_path, capsys):
   assert content["names"] == [row["path"] for row in rows]
 
 
+def test_what_was_skipped_and_is_missing_in_trusted_data_is_printed(tmp_path, capsys):
+  def table(name, header, labels):
+    path = tmp_path / name
+    rows = [f"{i * i},{label}" for i, label in enumerate(labels)]
+    path.write_text("\n".join([header, *rows]))
+    return str(path)
+
+  data = table("t.csv", "a,quality", np.resize(["x", "y", "z\x1b"], 12))
+  mine = table("mine.csv", "a,checked", ["x", "", "x"])
+  settings = find_label_issues.Settings(
+    csv=data, label_column="quality", trusted=f"csv:{mine}#checked"
+  )
+  examples = find_label_issues.read_data(settings)
+  checked = find_label_issues.read_trusted(settings, examples)
+  assert checked.labels.tolist() == [0, 0]
+  printed = capsys.readouterr().out
+  assert "1 skipped (row 1: it has no label)" in printed
+  assert "2 of 3 classes have no trusted example (y, z\\x1b)" in printed
+  other = table("other.csv", "a,quality", ["x", "y", "z\x1b"])
+  settings = settings.replace(trusted=f"csv:{other}")
+  assert find_label_issues.read_trusted(settings, examples).labels.tolist() == [0, 1, 2]
+  assert "trusted example" not in capsys.readouterr().out
+
+
 def test_predictions_that_are_all_equal_give_no_issues(monkeypatch, tmp_path):
   # The network predicts 1/2 for images that are all black, and learns nothing.
   statistics = {"mean_probabilities": np.full((4, 2), 0.5), "seen": np.ones(4)}
