@@ -484,8 +484,8 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         runs = [r for r in rows if (r["method"], r["share"]) == (name, share)]
         if name in _LINES:
           error = np.mean([r["error_percent"] for r in runs])
-          linestyle, label = _LINES[name]
-          ax.axhline(error, color="black", linestyle=linestyle, label=label)
+          linestyle, text = _LINES[name]
+          ax.axhline(error, color="black", linestyle=linestyle, label=text)
           continue
         for row in runs:
           curve = np.array([p.split(":") for p in row["curve"].split()], float)

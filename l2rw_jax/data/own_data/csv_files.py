@@ -60,7 +60,9 @@ def read_rows(path: pathlib.Path) -> list[list[str]]:
     raise base.InputError(f"{path} is not encoded as UTF-8; convert it") from error
   try:
     # `csv.Sniffer` is not reliable if cells contain quotes or text.
-    headers = {d: next(filter(None, _parsed(text, d)), []) for d in ",;\t|"}
+    headers: dict[str, list[str]] = {
+      d: next(filter(None, _parsed(text, d)), []) for d in ",;\t|"
+    }
     delimiter = max(headers, key=lambda d: len(headers[d]))
     _check_quotes(path, text, delimiter)
     return [row for row in _parsed(text, delimiter) if row]
