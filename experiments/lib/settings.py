@@ -18,6 +18,7 @@ import typing
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax.data import own_data
@@ -476,8 +477,25 @@ class DataFlags(Flags):
       data = own_data.read(name, part, in_memory=self._in_memory(), like=like)
       if part == "train":  # Most notes on the test part are the same.
         show_report(name, data)
+      else:
+        self._show_copies(name, data)
       self._own[name, part] = data
     return self._own[name, part]
+
+  def _show_copies(self, name: str, test: own_data.OwnData) -> None:
+    """Prints how many test examples equal training examples, if all are in memory."""
+    parts = test.features, self.read_own(name, "train").features
+    number = 0
+    if all(isinstance(features, np.ndarray) for features in parts):
+      number = own_data.num_copies(*parts)
+    if number:
+      print(
+        printable(
+          f"{name}: {number} of {len(test.labels)} test examples equal training"
+          " examples. If they are copies, and not different examples with the same"
+          " values, the test accuracy is too high: remove the duplicates."
+        )
+      )
 
   @functools.cached_property
   def _own(self) -> dict[tuple[str, str], own_data.OwnData]:

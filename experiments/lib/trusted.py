@@ -91,8 +91,7 @@ class Settings(settings_lib.Settings):
     test = self.load("test", self.dataset_name).images
     if not isinstance(test, np.ndarray):
       return
-    first = own_data.duplicates(np.concatenate([test, features]))[len(test) :]
-    number = int(((first >= 0) & (first < len(test))).sum())
+    number = own_data.num_copies(features, test)
     if number:
       print(
         settings_lib.printable(

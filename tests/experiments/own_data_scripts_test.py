@@ -117,6 +117,24 @@ def test_trusted_examples_that_are_test_examples_are_reported(tmp_path, capsys):
     assert (message in printed) == ("equal test" in printed) == (number > 0)
 
 
+def test_test_examples_that_are_training_examples_are_reported(tmp_path, capsys):
+  images = np.random.default_rng(0).integers(256, size=(40, 4, 4), dtype=np.uint8)
+  labels = np.arange(40) % 2
+  for name, test in (("copies", [0, 5, 5, 9]), ("others", [])):
+    rest = [row for row in range(40) if row % 10 == 1]
+    np.savez(
+      tmp_path / f"{name}.npz",
+      **{"X": np.delete(images, rest, 0), "y": np.delete(labels, rest)},
+      **{"X_test": images[test + rest], "y_test": labels[test + rest]},
+    )
+    settings = digits_noise.Settings(dataset=f"npz:{tmp_path / name}.npz")
+    for part in ("test", "train", "test"):
+      settings.load(part)
+    printed = capsys.readouterr().out
+    message = "copies.npz: 4 of 8 test examples equal training examples."
+    assert printed.count(message) == printed.count("equal") == (name == "copies")
+
+
 def test_all_trusted_examples_are_in_the_splits(tables):
   dataset, trusted = tables
   settings = digits_noise.Settings(dataset=dataset, trusted=trusted, **_SMALL)

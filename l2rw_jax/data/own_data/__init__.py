@@ -12,6 +12,7 @@ images, columns that are left out) are described in notes.
 from l2rw_jax.data.own_data.containers import Form
 from l2rw_jax.data.own_data.containers import OwnData
 from l2rw_jax.data.own_data.containers import duplicates
+from l2rw_jax.data.own_data.containers import num_copies
 from l2rw_jax.data.own_data.containers import report
 from l2rw_jax.data.own_data.csv_files import corrected_labels
 from l2rw_jax.data.own_data.csv_files import csv_cell

@@ -1,6 +1,6 @@
 """A user's data set as it is stored and as `read` returns it, and its format."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import pathlib
@@ -132,13 +132,31 @@ def duplicates(features: np.ndarray) -> np.ndarray:
   features = np.asarray(features)
   first: dict[bytes, int] = {}
   duplicate_of = np.full(len(features), -1, np.int64)
-  zero = np.zeros((), features.dtype)
-  for row, example in enumerate(features):
-    content = np.add(example, zero).tobytes()  # The sum of -0.0 and 0.0 is 0.0.
-    digest = hashlib.blake2b(content, digest_size=16).digest()
+  for row, digest in enumerate(_digests(features)):
     if first.setdefault(digest, row) != row:
       duplicate_of[row] = first[digest]
   return duplicate_of
+
+
+def num_copies(features: np.ndarray, others: np.ndarray) -> int:
+  """The number of examples that are exactly equal to one of some other examples.
+
+  Args:
+    features: the features of the examples, [N, ...].
+    others: the features of the other examples, [M, ...], of the same type.
+
+  >>> num_copies(np.array([[1], [2], [1]]), np.array([[1], [3]]))
+  2
+  """
+  known = set(_digests(others))
+  return sum(digest in known for digest in _digests(features))
+
+
+def _digests(features: np.ndarray) -> Iterator[bytes]:
+  zero = np.zeros((), features.dtype)
+  for example in features:
+    content = np.add(example, zero).tobytes()  # The sum of -0.0 and 0.0 is 0.0.
+    yield hashlib.blake2b(content, digest_size=16).digest()
 
 
 def skipped_suffix(raw: Raw) -> str:
