@@ -198,6 +198,8 @@ def _convert(
         )
       encoder = table_encoder.Encoder.fit(name, known, raw.notes)
     features = encoder(name, examples.values)
+    if like is not None:
+      raw.notes.extend(encoder.unknown_values(name, examples.values))
   elif raw.root is not None:
     pixels = pixel_scale.BYTES
     if like is not None and like.pixels is not None and not like.pixels.is_uint8:

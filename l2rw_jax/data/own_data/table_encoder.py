@@ -124,6 +124,40 @@ class Encoder:
       blocks.append(encoder.transform(_categories(values, self.categorical)))
     return np.concatenate(blocks, axis=1).astype(np.float32)
 
+  def unknown_values(self, name: str, values: Any) -> list[str]:
+    """Notes on values that the rows of `fit` did not have; none for an array.
+
+    Args:
+      name: the name of the data, for messages.
+      values: numbers or a table, for which `__call__` raises no error.
+
+    Raises:
+      InputError: no value of a numeric column is a number.
+    """
+    if self.numeric is None:
+      return []
+    notes = []
+    for column in self.numeric:
+      cells, strays = _strays(values[column])
+      if strays and len(strays) == len(cells):
+        raise base.InputError(
+          f"{name} has {strays[0]!r} in the column {column!r}, and no number, but the"
+          " other data have numbers there; write both in the same way"
+        )
+      if strays:
+        notes.append(_note_on_strays(column, strays))
+    _, encoder = self.transforms
+    all_known = map(set, encoder.categories_) if self.categorical else []
+    for column, known in zip(self.categorical, all_known, strict=True):
+      cells = _categories(values, [column])[:, 0]
+      new = [cell for cell in cells if cell not in known]
+      if new:
+        notes.append(
+          f"{len(new)} of {len(cells)} values of the column {column!r}, such as"
+          f" {new[0]!r}, do not occur in the other data."
+        )
+    return notes
+
 
 def _sklearn() -> tuple[Any, Any, Any]:
   try:
@@ -137,19 +171,29 @@ def _sklearn() -> tuple[Any, Any, Any]:
   return impute, pipeline, preprocessing
 
 
+def _strays(column: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The cells of a column that are not missing, and those that are not numbers."""
+  cells = [c for c in column if c.lower() not in csv_files.MISSING]
+  return cells, [
+    c for c in cells if not csv_files.NUMBER.fullmatch(c) and not _INFINITY.fullmatch(c)
+  ]
+
+
+def _note_on_strays(column: str, strays: Sequence[str]) -> str:
+  return (
+    f"{len(strays)} values of the column {column!r}, such as {strays[0]!r}, are not"
+    " numbers and count as missing."
+  )
+
+
 def _kinds_of_columns(
   table: Mapping[str, np.ndarray], notes: list[str]
 ) -> tuple[list[str], list[str]]:
   """The names of numeric and categorical columns; appends notes as in `Encoder.fit`."""
   numeric, categorical = [], []
   for name, column in table.items():
-    cells = [c for c in column if c.lower() not in csv_files.MISSING]
+    cells, strays = _strays(column)
     different = set(cells)
-    strays = [
-      c
-      for c in cells
-      if not csv_files.NUMBER.fullmatch(c) and not _INFINITY.fullmatch(c)
-    ]
     if not cells:
       notes.append(f"The column {name!r} is empty and was left out.")
     elif len(different) == 1 and len(cells) == len(column):
@@ -157,10 +201,7 @@ def _kinds_of_columns(
     elif len(strays) <= _STRAY_SHARE * len(cells):
       numeric.append(name)
       if strays:
-        notes.append(
-          f"{len(strays)} values of the column {name!r}, such as {strays[0]!r}, are"
-          " not numbers and count as missing."
-        )
+        notes.append(_note_on_strays(name, strays))
     elif len(different) > max(_MAX_CATEGORIES, len(cells) // 2):
       notes.append(
         f"The column {name!r} has {len(different)} different texts in {len(cells)} rows"

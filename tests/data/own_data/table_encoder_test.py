@@ -1,8 +1,10 @@
 """Tables as features: numbers, categories, and missing cells."""
 
 import numpy as np
+import pytest
 import user_files
 
+from l2rw_jax import base
 from l2rw_jax.data import own_data
 
 
@@ -48,6 +50,27 @@ def test_numbers_with_a_decimal_comma_are_noted(tmp_path):
   rows = [f"{i},5;{i % 2}" for i in range(12)]
   data = own_data.read(user_files.write_table(tmp_path / "t.csv", rows, "a;label"))
   assert any("such as '0,5', which are not numbers" in note for note in data.notes)
+
+
+def test_values_that_the_other_data_do_not_have_are_noted(tmp_path):
+  def table(name, numbers, colors):
+    rows = [
+      f"{number},{colors[i % len(colors)]},{i % 2}" for i, number in enumerate(numbers)
+    ]
+    return user_files.write_table(tmp_path / name, rows)
+
+  form = own_data.read(table("a.csv", range(0, 72, 3), ["red", "blue", ""])).form
+  same = own_data.read(table("b.csv", ["7", "inf", "", "2"], ["blue"]), like=form)
+  assert len(same.notes) == 1  # On the label column.
+  other = own_data.read(table("c.csv", ["7", "1 kg", "2"], ["Red", "red"]), like=form)
+  assert list(other.notes[1:]) == [
+    "1 values of the column 'a', such as '1 kg', are not numbers and count as missing.",
+    "2 of 3 values of the column 'b', such as 'Red', do not occur in the other data.",
+  ]
+  # All numbers would be replaced by the median of the column.
+  commas = table("d.csv", ['"1,5"', '"2,5"', ""], ["red"])
+  with pytest.raises(base.InputError, match="'1,5' in the column 'a', and no number"):
+    own_data.read(commas, like=form)
 
 
 def test_columns_without_information_are_noted(tmp_path):
