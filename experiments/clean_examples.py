@@ -337,7 +337,8 @@ def draw(rows: runner.Rows, path: pathlib.Path, label: str) -> None:
       ax.set_xticks(counts, [str(count) for count in counts])
       ax.minorticks_off()
       ax.grid(linewidth=0.4)
-      ax.set_title(f"{datasets[i]}, {problems[j]}".replace("_", " "), fontsize=10)
+      title = f"{datasets[i]}, {problems[j]}".replace("_", " ")
+      ax.set_title(figures.plain(title), fontsize=10)
       # Training on the clean images alone starts so low that it would compress the
       # other curves.
       shown = [r["accuracy_percent"] for r in here if r["method"] != "clean_only"]

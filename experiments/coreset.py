@@ -427,7 +427,7 @@ def draw(
       tail = rows[0].get("imbalance") or 1
       title = f"{rows[0]['dataset']}, {model}, {fraction:.0%}"
       title += f", imbalance {tail:g}" if tail != 1 else ""
-      ax.set_title(title, fontsize=10)
+      ax.set_title(figures.plain(title), fontsize=10)
       ax.set_xlabel("seconds of training and selecting")
       ax.set_ylabel("test accuracy (%), mean and range")
       ax.grid(linewidth=0.3)

@@ -217,7 +217,8 @@ def draw(
     left.set_xlim(0, 100)
     left.set_xlabel("test accuracy (%)")
     name = pathlib.PurePath(settings.dataset).name
-    left.set_title(f"{name}, {ranking.is_wrong.mean():.0%} wrong labels")
+    title = f"{name}, {ranking.is_wrong.mean():.0%} wrong labels"
+    left.set_title(figures.plain(title))
     if weights:
       figures.rejections(right, weights)
     else:
@@ -248,8 +249,7 @@ def _draw_issue(axes: Any, ranking: Audit, place: int) -> None:
   image = ranking.data.features[issues.index[place]]
   axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray")
   labels = (issues.given[place], issues.suggested[place])
-  # Matplotlib would read dollar signs as the beginning of a formula.
-  given, suggested = (names[label].replace("$", r"\$") for label in labels)
+  given, suggested = (figures.plain(names[label]) for label in labels)
   color = "C3" if ranking.hits[place] else "black"
   axes.set_title(f"given {given}\nlooks {suggested}", fontsize=8, color=color)
   axes.set_axis_off()

@@ -412,7 +412,8 @@ def _draw_bars(axes: Any, rows: runner.Rows) -> None:
   figures.grouped_bars(axes, values, [MEASURES[column][0] for column in columns])
   axes.tick_params(axis="x", labelsize=8)
   axes.set_ylabel("mean and 95% interval; dots: seeds")
-  axes.set_title(f"{rows[0]['dataset']}, groups: {rows[0]['groups']}")
+  title = f"{rows[0]['dataset']}, groups: {rows[0]['groups']}"
+  axes.set_title(figures.plain(title))
   axes.set_ylim(0, 100)
   figures.legend_at_right(axes)
 

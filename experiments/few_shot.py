@@ -490,10 +490,10 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
         right.set_ylabel(f"{weight}, 1 at the start")
         right.set_ylim(bottom=0)
       for ax in axes[0]:
-        ax.set_xlabel(f"share of {kind} tasks")
+        ax.set_xlabel(figures.plain(f"share of {kind} tasks"))
         ax.set_xticks(shares)
         figures.legend_at_right(ax)
-    figure.suptitle(title)
+    figure.suptitle(figures.plain(title))
 
 
 def _draw_lines(left: Any, right: Any, by_method: dict[str, runner.Rows]) -> None:

@@ -378,7 +378,8 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   with figures.figure(path, *shape, figsize=size, squeeze=False) as (figure, axes):
     for ax, (fraction, models) in zip(axes[0], models_of.items(), strict=True):
       _draw_noise(figure, ax, models)
-      ax.set_title(f"{rows[0]['dataset']}, {fraction:.0%} of the labels replaced")
+      title = f"{rows[0]['dataset']}, {fraction:.0%} of the labels replaced"
+      ax.set_title(figures.plain(title))
 
 
 def _draw_noise(figure: Any, ax: Any, models: runner.Rows) -> None:
@@ -437,7 +438,7 @@ def draw_curves(
       ax.set_xlabel("epoch")
     figures.legend_at_right(figure, *left.get_legend_handles_labels())
     title = f"{chosen[0][0]['dataset']}, {highest:.0%} of the labels replaced"
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(figures.plain(title), fontsize=10)
     figure.tight_layout()
   return True
 

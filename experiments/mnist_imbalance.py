@@ -259,7 +259,8 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
       axes.plot(places, means, "kD", markersize=4, label="published mean")
     axes.set_xlabel("share of the majority class")
     axes.set_ylabel("test error (%), mean and 95% interval")
-    axes.set_title(f"{rows[0]['dataset']}, 4 against 9, {rows[0]['protocol']} protocol")
+    title = f"{rows[0]['dataset']}, 4 against 9, {rows[0]['protocol']} protocol"
+    axes.set_title(figures.plain(title))
     axes.set_ylim(0, min(axes.get_ylim()[1], 100))
     figures.legend_at_right(axes)
 

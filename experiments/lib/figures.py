@@ -9,9 +9,11 @@ import numpy as np
 
 from experiments.lib import report
 from experiments.lib import runner
+from experiments.tables import figure as table_figure
 from l2rw_jax import processes
 
 Row = report.Row
+plain = table_figure.plain
 
 
 @contextlib.contextmanager
@@ -72,7 +74,7 @@ def panels(
     for (setting, here), ax in zip(settings.items(), axes[0], strict=True):
       for method, chosen in report.grouped(here, "method").items():
         draw_method(ax, methods.index(method), chosen)
-      ax.set_title(title(*setting), fontsize=10)
+      ax.set_title(plain(title(*setting)), fontsize=10)
       ax.set_xlabel("test accuracy (%), last step")
     axes[0, 0].set_yticks(range(len(methods)), methods)
     axes[0, 0].invert_yaxis()

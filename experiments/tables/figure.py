@@ -87,7 +87,7 @@ def _draw_panel(ax: Any, panel: _Panel) -> None:
   for setting, lines in panel.groups.items():
     if setting:
       ax.text(
-        *(0.008, place, _plain(setting)),
+        *(0.008, place, plain(setting)),
         transform=ax.get_yaxis_transform(),
         **{"fontsize": 8, "color": "0.35", "va": "center", "style": "italic"},
       )
@@ -118,14 +118,14 @@ def _draw_panel(ax: Any, panel: _Panel) -> None:
       capsize=2,
       label=label,
     )
-  ax.set_yticks(places, [_plain(label) for label in labels], fontsize=8)
+  ax.set_yticks(places, [plain(label) for label in labels], fontsize=8)
   ax.set_ylim(place - 0.4, -0.7)
   if is_percent:
     low, high = ax.get_xlim()
     ax.set_xlim(max(low, 0), min(high, 100))
   ax.set_xlabel(panel.metric, fontsize=8)
   ax.tick_params(axis="x", labelsize=8)
-  title = textwrap.fill(_plain(panel.title), _TITLE_WIDTH)
+  title = textwrap.fill(plain(panel.title), _TITLE_WIDTH)
   ax.set_title(title, loc="left", fontsize=9)
   ax.grid(axis="x", linewidth=0.4)
   ax.set_axisbelow(True)
@@ -143,6 +143,6 @@ def _errors(
   return np.maximum([left, np.minimum(widths_known, 100 - centers)], 0)
 
 
-def _plain(text: str) -> str:
-  # Matplotlib must not read text from a results file as a formula.
+def plain(text: str) -> str:
+  """Text that Matplotlib shows as it is: two dollar signs would enclose a formula."""
   return text.replace("$", r"\$")

@@ -32,3 +32,11 @@ _ROW = {"dataset": "cifar10", "network": "mlp", "preset": "p", "fraction": 0.5}
 )
 def test_title(more, columns, expected):
   assert figures.setting_title(_ROW | more, columns) == expected
+
+
+def test_dollar_signs_in_the_name_of_the_data_are_no_formula(tmp_path):
+  # As a formula, "_" without a subscript would be an error, after hours of training.
+  row = _ROW | {"dataset": "npz:/data/$_$.npz", "method": "uniform"}
+  row |= {"accuracy_percent": 50.0, "published_percent": None}
+  figures.accuracies([row], ["preset", "fraction"], tmp_path / "a.png")
+  assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
