@@ -1,6 +1,6 @@
 """Conversion of the rows of a table to standardized features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import re
 from typing import Any
@@ -149,11 +149,11 @@ class Encoder:
     _, encoder = self.transforms
     all_known = map(set, encoder.categories_) if self.categorical else []
     for column, known in zip(self.categorical, all_known, strict=True):
-      cells = _categories(values, [column])[:, 0]
-      new = [cell for cell in cells if cell not in known]
+      texts = _categories(values, [column])[:, 0]
+      new = [text for text in texts if text not in known]
       if new:
         notes.append(
-          f"{len(new)} of {len(cells)} values of the column {column!r}, such as"
+          f"{len(new)} of {len(texts)} values of the column {column!r}, such as"
           f" {new[0]!r}, do not occur in the other data."
         )
     return notes
@@ -171,7 +171,7 @@ def _sklearn() -> tuple[Any, Any, Any]:
   return impute, pipeline, preprocessing
 
 
-def _strays(column: Sequence[str]) -> tuple[list[str], list[str]]:
+def _strays(column: Iterable[str]) -> tuple[list[str], list[str]]:
   """The cells of a column that are not missing, and those that are not numbers."""
   cells = [c for c in column if c.lower() not in csv_files.MISSING]
   return cells, [
