@@ -3,6 +3,7 @@
 It also defines the fixtures that tests of several folders share.
 """
 
+import math
 import os
 import pathlib
 import tempfile
@@ -24,6 +25,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+_MEMORY_MAPS = pathlib.Path("/proc/self/maps")
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 # The slowest files, the slowest first. They start first, so that at the end no test
@@ -148,11 +150,24 @@ def pytest_terminal_summary(terminalreporter, exitstatus):
     )
 
 
+def _num_memory_maps():
+  """The number of memory maps of this process; infinite where it is not known."""
+  try:
+    return _MEMORY_MAPS.read_bytes().count(b"\n")
+  except OSError:
+    return math.inf
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _released_programs():
-  """Frees programs after each file: the memory maps of a process are limited."""
+  """Frees programs after a file if the process has many memory maps.
+
+  Linux allows 65,530 of them by default, and each program has several. Programs that
+  are kept need not be traced again in the next file.
+  """
   yield
-  jax.clear_caches()
+  if _num_memory_maps() > 30_000:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
