@@ -715,7 +715,8 @@ def divide_by_largest(values: Array, largest: Array) -> Array:
 
   To divide an array by a broadcast number, XLA multiplies the array by the reciprocal
   of the number. In float32, the reciprocal is flushed to zero for numbers above 8.5e37
-  and is infinite for numbers below 2.9e-39. This function avoids both.
+  and is infinite for numbers below 2.9e-39; the squares and cubes in derivatives are so
+  much earlier. This function avoids both.
 
   Args:
     values: floating-point array.
@@ -725,12 +726,20 @@ def divide_by_largest(values: Array, largest: Array) -> Array:
   >>> print(divide_by_largest(jnp.array([1.5e38, 3e38]), jnp.array([3e38])))
   [0.5 1. ]
   """
-  dtype = accumulator_dtype(values.dtype)  # The factor 2^64 is infinite in float16.
+  result_dtype = values.dtype
+  dtype = accumulator_dtype(values.dtype)  # Powers of two overflow in float16.
   largest = largest.astype(dtype)
-  # The factors are powers of two, so that they do not cause rounding.
-  factor = jnp.where(largest > 1, 2.0**-2, 2.0**64).astype(dtype)
-  divisor = jnp.where(largest == 0, jnp.ones_like(largest), largest * factor)
-  return (values.astype(dtype) * factor / divisor).astype(values.dtype)
+  # Both are multiplied by the same power of two, so that the divisor is at least 1/2
+  # and below 1, and its powers, of which the derivatives consist, neither overflow nor
+  # underflow. Powers of two do not cause rounding. The power itself may be infinite,
+  # so that it is split into two factors.
+  is_usable = (largest != 0) & jnp.isfinite(largest)
+  _, exponent = jnp.frexp(jax.lax.stop_gradient(jnp.where(is_usable, largest, 1)))
+  for part in (exponent // 2, exponent - exponent // 2):
+    factor = jnp.ldexp(jnp.ones((), dtype), -part)
+    values, largest = values.astype(dtype) * factor, largest * factor
+  divisor = jnp.where(largest == 0, jnp.ones_like(largest), largest)
+  return (values / divisor).astype(result_dtype)
 
 
 def check_finite(

@@ -1,5 +1,6 @@
 """Normalization of scores into example weights."""
 
+import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
@@ -34,7 +35,8 @@ def sum_to_one(scores: base.Array, axis_name: base.AxisName = None) -> base.Arra
   dtype = scores.dtype
   # In float16, sums could overflow, and small numbers and reciprocals could underflow.
   scores = scores.astype(base.accumulator_dtype(dtype))
-  largest = base.pmax(jnp.max(scores, initial=0), axis_name)
+  # The weights do not depend on this number, so its derivative is not needed.
+  largest = base.pmax(jax.lax.stop_gradient(jnp.max(scores, initial=0)), axis_name)
   # sqrt(-1) is computed only for bad scores. A constant NaN would also raise an error
   # under `jax_debug_nans` for good scores.
   sign = jnp.sqrt(jnp.where(jnp.any(scores < 0), -1.0, 1.0)).astype(scores.dtype)

@@ -74,6 +74,17 @@ def test_division_by_the_largest_number_in_every_type(dtype, largest):
   np.testing.assert_array_equal(base.divide_by_largest(zeros, zeros[:1]), zeros)
 
 
+@pytest.mark.parametrize("largest", [1e-9, 0.3, 0.7, 1.0, 1e9])
+def test_derivatives_of_a_division_by_the_largest_number(largest):
+  value = 0.4 * largest
+  divided = jax.grad(base.divide_by_largest, argnums=(0, 1))
+  twice = jax.grad(lambda a, b: divided(a, b)[1], argnums=1)
+  first, second = jax.jit(lambda a, b: (divided(a, b), twice(a, b)))(value, largest)
+  expected = (1 / largest, -value / largest**2)
+  np.testing.assert_allclose(first, expected, rtol=1e-6)
+  np.testing.assert_allclose(second, 2 * value / largest**3, rtol=1e-6)
+
+
 def test_meta_losses_use_other_random_numbers_than_training_losses():
   def preprocess(images, keys, train):
     if not train:

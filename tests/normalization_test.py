@@ -81,3 +81,18 @@ def test_half_precision_scores_are_summed_in_float32(dtype, scale):
   np.testing.assert_allclose(
     np.asarray(weights, np.float64), rounded / rounded.sum(), rtol=1e-2
   )
+
+
+@pytest.mark.parametrize("largest", [1e-10, 0.3, 1.0, 1e15])
+def test_first_and_second_derivatives_for_scores_of_any_size(largest):
+  scores = largest * np.array([0.2, 0.5, 1.0])
+  factors, direction = np.array([1.0, -2.0, 3.0]), largest * np.array([1.0, 2.0, -1.0])
+  # With w = s / S, the gradient of c w is (c - c w) / S.
+  total, weights = scores.sum(), scores / scores.sum()
+  first = (factors - factors @ weights) / total
+  change = (direction - weights * direction.sum()) / total
+  second = -(factors @ change + first * direction.sum()) / total
+  gradient = jax.grad(lambda s: normalization.sum_to_one(s) @ jnp.float32(factors))
+  derivatives = jax.jit(lambda s, d: jax.jvp(gradient, (s,), (d,)))
+  result = derivatives(jnp.float32(scores), jnp.float32(direction))
+  np.testing.assert_allclose(result, (first, second), rtol=1e-6, atol=1e-6 / largest)
