@@ -343,13 +343,20 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
   return Solver(init, step, trust)
 
 
+def _divided_by_norm(x: base.Array) -> base.Array:
+  norm = jnp.linalg.norm(x)
+  return x / jnp.where(norm > 0, norm, 1.0)
+
+
 def averaged_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
   """Keeps a weight for every example, and averages the gradients of the meta batches.
 
   It differs from `kept_weights` in four points. The derivative of the meta loss with
   respect to a weight is taken at z, without a look-ahead. The gradient of the meta loss
-  is a moving average over the meta batches, with a decay of 0.99. This average is
-  divided by its norm, and the learning rate of the weights is constant, so that late
+  is a moving average over the meta batches, with a decay of 0.99. Each gradient is
+  divided by its norm before it is averaged, so that a clean image with a pixel that is
+  far out of the usual range does not determine the average. The average is divided by
+  its norm, too, and the learning rate of the weights is constant, so that late
   steps change the weights as much as early ones. A weight is max(a, 0) for a number a
   that may fall below 0, so that the past of an example with weight 0 is not forgotten.
 
@@ -367,10 +374,9 @@ def averaged_weights(learning_rate: float, weight_learning_rate: float) -> Solve
   def step(sizes, state, step, batch, meta_batch):
     z = state["z"]
     linearized = linearization.linearize(example_losses, z, batch.examples)
-    average = decay * state["average"]
-    average += (1 - decay) * _outer_gradient(state, meta_batch)
-    norm = jnp.linalg.norm(average)
-    direction = average / jnp.where(norm > 0, norm, 1.0)
+    meta_gradient = _divided_by_norm(_outer_gradient(state, meta_batch))
+    average = decay * state["average"] + (1 - decay) * meta_gradient
+    direction = _divided_by_norm(average)
     # Minus the derivative, with respect to w_i, along this direction, of a step of SGD
     # on sum_i w_i l_i / B.
     scores = learning_rate * linearized.directional(direction) / sizes.batch_size

@@ -22,10 +22,14 @@ constant, a falling or a rising rate; several rates and decays) were tried at p 
 with seeds 100, 101 and, for some, 102. Of those that give the weights an AUROC of at
 least 0.986 with each seed, the two with the lowest mean error have 14.5 and 14.6%; the
 second was chosen, because its error is below 17% sooner. So this choice used which
-labels of these seeds are wrong, as no other choice did. No choice used test images.
+labels of these seeds are wrong, as no other choice did. That the gradient of each meta
+batch is divided by its norm, too, was added after one of three test runs was 2.7 points
+worse than the others, because of one pixel of one clean image; on seeds 100 to 104, it
+changes the mean error by 0.01 points (p = 0.9) and 0.04 points (p = 0.5). Apart from
+that, no choice used test images.
 Seconds are CPU time of all processor cores, without compilation and evaluation; they do
 not include the search for a regularization.
-Command: python -m benchmarks.data_cleaning --data_dir=DIR --num_seeds=2
+Command: python -m benchmarks.data_cleaning --data_dir=DIR
 Results: results/data_cleaning.
 """
 
@@ -98,7 +102,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
     group="data",
   )
   methods: tuple[str, ...] = settings_lib.methods_flag(METHODS, METHODS)
-  num_seeds: int = flag(3)
+  num_seeds: int = flag(5)
   first_seed: int = flag(
     0, "The first seed; the others follow it.", bounds=settings_lib.Bounds(0, 10**6)
   )
