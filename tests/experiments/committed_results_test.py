@@ -147,6 +147,7 @@ def test_every_row_names_its_origin(path):
       ["generalized_cross_entropy", "clean_only"],
       3,
     ),
+    ("mnist_noise/fashion_cosine_07_fine_tuning", ["fine_tuning"], 3),
     (
       "mnist_noise/cosine_07_losses",
       [
