@@ -16,7 +16,9 @@ Nothing was chosen on the test set. Columns:
   accuracy_percent                accuracy on the test images, or on the bytes of the
                                   test documents
   difference                      accuracy minus that of exact weights with the same
-                                  seed
+                                  seed, in percentage points
+  test_loss                       mean loss of the test images or documents, in nats
+                                  (per byte, for documents)
 
 Command: python -m benchmarks.approximate_scores --data_dir=DIR
 Results: results/approximate_scores.

@@ -67,7 +67,7 @@ def linearize(
   difference    0, 2, 2    (l(p + h v) - l(p - h v)) / 2h. For backward rules that
                            are not differentiable, such as those of many kernels;
                            the error is about 1e-3 of the largest entry if all
-                           computations are in float32, and some percent if one is
+                           computations are in float32, and a few percent if one is
                            in half precision. Arguments of `stop_gradient` are held
                            fixed; functions whose declared derivative differs by
                            more than 10% from the derivative of their values
@@ -355,8 +355,8 @@ def _without_surrogates(outputs_and_aux, leaves):
 def _largest_epsilon(jaxpr, flags=None):
   """The largest machine epsilon of the types in which a function computes.
 
-  Values that depend on no parameter, such as the data, do not matter. `flags` says
-  which inputs do; None means all.
+  Values that depend on no parameter, such as the data, are ignored. `flags` says which
+  inputs depend on a parameter; None means all.
   """
   flags = [True] * len(jaxpr.invars) if flags is None else flags
   depends = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}

@@ -141,7 +141,7 @@ def run_mistakes(
 
 
 def assert_one_line(outcome: Outcome, message: str) -> None:
-  """Checks for status 2, nothing printed, and an error of one line with `message`."""
+  """Checks for status 2, nothing printed, and a one-line error with `message`."""
   assert outcome.status == 2, outcome
   assert outcome.stdout == ""
   assert len(outcome.stderr.splitlines()) == 1, outcome.stderr

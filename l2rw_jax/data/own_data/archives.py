@@ -84,7 +84,7 @@ def _archive_keys(
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[Any]:
-  """Opens an archive; errors of reading it become errors of one line."""
+  """Opens an archive; errors of reading it become one-line errors."""
   try:
     stored = np.load(path, allow_pickle=False)
     if isinstance(stored, np.ndarray):

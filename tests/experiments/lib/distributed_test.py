@@ -15,8 +15,8 @@ from l2rw_jax import base
 from l2rw_jax import processes
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
-# Scripts that measure time, or that do not train runs for a table.
-_OTHERS = {f"experiments.{x}" for x in ("coreset", "find_label_issues")}
+# These scripts have the flags, but do not train networks for a table.
+_SINGLE_PROCESS = {f"experiments.{x}" for x in ("coreset", "find_label_issues")}
 _ADDRESS = {"coordinator_address": "localhost:1"}
 
 
@@ -55,10 +55,10 @@ def test_scripts_that_cannot_use_several_processes_refuse_them(name, monkeypatch
   settings = script.Settings()
   if not hasattr(settings, "distributed"):
     return  # The script does not have these flags.
-  trains_runs = name.startswith("experiments.") and name not in _OTHERS
-  trains_runs |= name == "benchmarks.device_maps"  # Measures several processes.
-  assert trains_runs == settings.SEVERAL_PROCESSES
-  if not trains_runs:
+  is_supported = name.startswith("experiments.") and name not in _SINGLE_PROCESS
+  is_supported |= name == "benchmarks.device_maps"  # Measures several processes.
+  assert is_supported == settings.SEVERAL_PROCESSES
+  if not is_supported:
     with pytest.raises(base.InputError, match="--distributed: this script runs in one"):
       distributed.connect(settings.replace(distributed=True))
     # As in a program that connected its processes itself.
