@@ -21,8 +21,8 @@ keeps the last value of every term for every batch.
 
 The other solvers train z by SGD: with fixed weights, on the clean examples alone, first
 with fixed weights and then on the clean examples, or with the weights of a method of
-this library. The regularization is not part of the
-example losses, so it does not change the weights directly.
+this library. The regularization is not part of the example losses, so it does not
+change the weights directly.
 """
 
 from collections.abc import Callable
@@ -190,7 +190,7 @@ def clean_only(learning_rate: float) -> Solver:
 
 
 def fine_tuning(learning_rate: float) -> Solver:
-  """Uniform training, and training on the clean examples in the last half of the steps.
+  """Uniform training; in the second half of the steps, training on the clean examples.
 
   The cosine schedule starts again with the second half.
   """
@@ -337,7 +337,7 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
 
   def trust(state):
     # Sums of scores rank examples like means: each pass visits all examples equally
-    # often, except for the few in which the last two batches overlap.
+    # often, except for the few that are in both of the last two batches.
     return {"weight": state["weights"], "score": state["scores"]}
 
   return Solver(init, step, trust)
@@ -377,8 +377,8 @@ def averaged_weights(learning_rate: float, weight_learning_rate: float) -> Solve
     meta_gradient = _divided_by_norm(_outer_gradient(state, meta_batch))
     average = decay * state["average"] + (1 - decay) * meta_gradient
     direction = _divided_by_norm(average)
-    # Minus the derivative, with respect to w_i, along this direction, of a step of SGD
-    # on sum_i w_i l_i / B.
+    # The scores are minus the derivatives, with respect to the weights w_i, of
+    # <direction, z'>, where z' is z after a step of SGD on sum_i w_i l_i / B.
     scores = learning_rate * linearized.directional(direction) / sizes.batch_size
     weights = _rows(state["weights"], batch) + weight_learning_rate * scores
     gradient = linearized.weighted_gradient(jnp.maximum(weights, 0) / sizes.batch_size)

@@ -140,7 +140,7 @@ class Training:
 
 
 def naive_greedy(proxies: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
-  """Selects the rows of lazy `coresets.select`, by computing all distances and gains.
+  """Selects the same rows as lazy `coresets.select`, from all distances and gains.
 
   Args:
     proxies: the vectors that represent the examples, [N, D].
