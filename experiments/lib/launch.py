@@ -268,8 +268,8 @@ def _lose(error: Exception) -> None:
   reason = text[:200]
   distributed.leave(
     distributed.LOST_STATUS,
-    f"error: another process ended or cannot be reached ({reason}); the same command"
-    " continues.",
+    f"error: another process ended or cannot be reached ({reason}); rerun the same"
+    " command to continue.",
   )
 
 

@@ -102,8 +102,8 @@ def vectors(points: base.Array, num_points: int | base.Array | None = None) -> V
   For up to 32 coordinates, squared differences are summed, so that small distances are
   accurate. For more coordinates, the squared distance is |a|^2 + |b|^2 - 2 a.b, which
   takes one matrix product; a result below its rounding error is replaced by 0. The
-  rounding error grows with the norms, so that a coordinate whose mean is larger than
-  its standard deviation is shifted to the mean 0 first, which changes no distance.
+  rounding error grows with the norms. Therefore, a coordinate whose mean is larger than
+  its standard deviation is first shifted to mean 0, which changes no distance.
   Distances from and to points that are not finite are NaN or infinite.
 
   Args:
@@ -154,8 +154,8 @@ def outer_products(
 def _shifted(points, num_points):
   """Points [n, d] without the means that are larger than the standard deviations.
 
-  A few outliers cannot cause such a mean, so that the other points are not rounded to
-  the precision of the outliers.
+  A few outliers cannot cause such a mean. If they could, the shift would round the other
+  points to the precision of the outliers.
   """
   valid = jnp.isfinite(points).all(axis=1)
   if num_points is not None:

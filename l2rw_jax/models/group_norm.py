@@ -1,4 +1,4 @@
-"""Group normalization from two sums per channel, as a choice besides BatchNorm."""
+"""Group normalization from two sums per channel, as an alternative to BatchNorm."""
 
 from collections.abc import Callable
 import functools
@@ -83,7 +83,8 @@ def batch_or_group(
     dtype: type of the result.
 
   Raises:
-    InputError: `norm` is neither, or `width` is not a multiple of 8 for "group".
+    InputError: `norm` is neither "batch" nor "group", or it is "group" and `width` is
+      not a multiple of 8.
   """
   if norm == "batch":
     return functools.partial(

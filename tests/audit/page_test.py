@@ -109,7 +109,7 @@ def test_examples_that_were_never_seen_come_last_and_have_no_score():
   assert content["index"][-1] == 2 and content["score"][-1] is None
 
 
-def test_mistakes_are_errors_of_one_line():
+def test_mistakes_are_one_line_errors():
   issues = make_issues(5)
   with pytest.raises(
     base.InputError, match="names must have 5 entries and class_names"

@@ -80,7 +80,7 @@ def test_extra_memory_is_the_size_of_an_array_of_256_mib():
     ("--fraction=0.02 --part=4", "--part=4 selects 6 of 325 examples in 10 classes"),
   ],
 )
-def test_a_mistake_is_an_error_of_one_line(flags, message, tmp_path):
+def test_a_mistake_is_a_one_line_error(flags, message, tmp_path):
   arguments = ["--dataset=digits", *flags.split()]
   done = scripts.run("benchmarks.coreset_selection", *arguments, cwd=tmp_path)
   scripts.assert_one_line(done, message)

@@ -250,7 +250,7 @@ def test_every_method_learns_and_ranks(run):
     ),
   ],
 )
-def test_a_mistake_is_an_error_of_one_line(arguments, message, tmp_path):
+def test_a_mistake_is_a_one_line_error(arguments, message, tmp_path):
   small = ["--dataset=digits", "--num_train=320", "--num_meta=80"]
   names = {argument.split("=")[0] for argument in arguments}
   small = [argument for argument in small if argument.split("=")[0] not in names]

@@ -21,7 +21,7 @@ import scripts
     ),
   ],
 )
-def test_a_mistake_is_an_error_of_one_line(name, flags, message, tmp_path):
+def test_a_mistake_is_a_one_line_error(name, flags, message, tmp_path):
   done = scripts.run(f"benchmarks.{name}", *flags.split(), cwd=tmp_path)
   scripts.assert_one_line(done, message)
   assert not list(tmp_path.iterdir())

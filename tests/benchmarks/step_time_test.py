@@ -155,7 +155,7 @@ def outcomes(folder, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_a_mistake_is_an_error_of_one_line(name, outcomes):
+def test_a_mistake_is_a_one_line_error(name, outcomes):
   scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
 
 

@@ -359,7 +359,7 @@ def test_modules_named_by_a_data_set_are_not_imported(
 
 
 @pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
-def test_damaged_descriptions_are_errors_of_one_line(data_dir, file):
+def test_damaged_descriptions_are_one_line_errors(data_dir, file):
   path = data_dir / "tiny" / "1.0.0" / file
   original = path.read_bytes()
   deep = b'{"a": ' * 100_000

@@ -173,12 +173,12 @@ def mistakes(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_a_one_line_error_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
 @pytest.mark.ci
-def test_mistake_in_a_shell_is_an_error_of_one_line(tmp_path):
+def test_mistake_in_a_shell_is_a_one_line_error(tmp_path):
   done = scripts.start_script(_NAME, "--num_metas=3", cwd=tmp_path)
   scripts.assert_one_line(done, "Unknown command line flag 'num_metas'. Did you mean")
   assert list(tmp_path.iterdir()) == []
@@ -194,7 +194,7 @@ def test_help_names_every_flag(tmp_path):
 
 
 @pytest.mark.slow
-def test_full_disk_is_an_error_of_one_line_and_the_command_continues(tmp_path):
+def test_full_disk_is_a_one_line_error_and_the_command_continues(tmp_path):
   flags = [*_SMALL, "--methods=uniform", "--workdir=run"]
   module = f"experiments.{_NAME}"
   done = scripts.start("-c", scripts.FULL_DISK, module, 200_000, *flags, cwd=tmp_path)

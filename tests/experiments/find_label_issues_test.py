@@ -302,7 +302,7 @@ def mistakes(run, table, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_a_one_line_error_and_writes_nothing(mistakes, name):
   outcome = mistakes[name]
   assert outcome.status == 2
   (line,) = outcome.stderr.splitlines()

@@ -30,7 +30,7 @@ _SMALL = {
 }
 
 
-def test_a_test_loss_that_is_not_finite_at_the_end_is_an_error_of_one_line(
+def test_a_test_loss_that_is_not_finite_at_the_end_is_a_one_line_error(
   tmp_path, monkeypatch
 ):
   curve = curves.Curve(np.array([4]), np.array([1.0]), np.array([np.nan]))

@@ -177,7 +177,7 @@ def mistakes(run, tmp_path_factory):
 
 @pytest.mark.ci
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_a_one_line_error_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 

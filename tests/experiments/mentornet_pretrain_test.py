@@ -161,12 +161,12 @@ def test_run_writes_rows_and_figures(done, name):
 
 @pytest.mark.ci
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_mistake_is_an_error_of_one_line(done, name):
+def test_mistake_is_a_one_line_error(done, name):
   scripts.assert_one_line(done[2][name], _MISTAKES[name][1])
 
 
 @pytest.mark.ci
-def test_a_finished_run_is_not_repeated_and_another_dump_is_an_error_of_one_line(
+def test_a_finished_run_is_not_repeated_and_another_dump_is_a_one_line_error(
   done, dump
 ):
   folder = done[0]
@@ -211,7 +211,7 @@ def test_student_learns_with_the_loaded_mentor(done, tmp_path, name, preset):
 
 
 @pytest.mark.ci
-def test_a_mentor_of_other_classes_is_an_error_of_one_line(done):
+def test_a_mentor_of_other_classes_is_a_one_line_error(done):
   path = done[0] / "labels" / "mentor.json"
   with pytest.raises(
     base.InputError, match="labels of 10 classes, but the data have 2"

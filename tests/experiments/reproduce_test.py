@@ -340,6 +340,6 @@ def test_the_list_has_numbers_and_commands(tmp_path):
     (["--device=gpu", "--only=step_time"], "--device=gpu: JAX uses a CPU"),
   ],
 )
-def test_a_mistake_is_an_error_of_one_line(arguments, message, tmp_path):
+def test_a_mistake_is_a_one_line_error(arguments, message, tmp_path):
   done = scripts.run("reproduce", *arguments, cwd=tmp_path)
   assert done.status == 2 and message in done.stderr, done.stderr

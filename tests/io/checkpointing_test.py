@@ -190,7 +190,7 @@ def test_checkpoint_of_another_model_raises_and_is_kept(tmp_path, like, message)
   assert_same(checkpointer.restore_latest(state).state, state)
 
 
-def test_unexpected_write_error_is_an_error_of_one_line(tmp_path, monkeypatch):
+def test_unexpected_write_error_is_a_one_line_error(tmp_path, monkeypatch):
   checkpointer = _open(tmp_path)
 
   def fail(*args, **kwargs):
@@ -455,7 +455,7 @@ for limit in map(int, sys.argv[2:]):
 
 
 @pytest.mark.ci
-def test_full_disk_is_an_error_of_one_line_and_keeps_the_previous_one(tmp_path):
+def test_full_disk_is_a_one_line_error_and_keeps_the_previous_one(tmp_path):
   # Writing fails at the record with the first limit, at the arrays with the second.
   limits = (0, 100_000)
   run = _run(_FULL_DISK, tmp_path, *limits)

@@ -165,7 +165,7 @@ except base.InputError as error:
 
 
 @pytest.mark.ci
-def test_full_disk_is_an_error_of_one_line_and_the_run_can_continue(tmp_path):
+def test_full_disk_is_a_one_line_error_and_the_run_can_continue(tmp_path):
   run = subprocess.run(
     [sys.executable, "-c", _FULL_DISK, tmp_path],
     check=True,

@@ -278,7 +278,7 @@ def _enter(folder):
     pass
 
 
-def test_locks_that_cannot_be_written_are_errors_of_one_line():
+def test_locks_that_cannot_be_written_are_one_line_errors():
   # Nobody, not even root, can create files in this folder.
   with pytest.raises(
     base.InputError, match=r"cannot write /proc/self: .*choose"

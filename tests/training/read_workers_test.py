@@ -50,7 +50,7 @@ class _EndsWorkers(examples.View):
 
 
 @pytest.mark.ci
-def test_worker_that_ends_is_an_error_of_one_line(tmp_path):
+def test_worker_that_ends_is_a_one_line_error(tmp_path):
   images = toy_runs.make_splits().train.image
   splits = _with_source(_EndsWorkers(images, np.arange(len(images))))
   with pytest.raises(base.InputError, match="--data_workers=1: a process that reads"):

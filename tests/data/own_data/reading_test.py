@@ -174,7 +174,7 @@ def _mistakes(folder):
   }
 
 
-def test_mistakes_are_errors_of_one_line(tmp_path):
+def test_mistakes_are_one_line_errors(tmp_path):
   for name, message in _mistakes(tmp_path).items():
     kind, _, place = name.partition(":")
     with pytest.raises(base.InputError, match=message) as caught:

@@ -382,7 +382,7 @@ def mistakes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*_MISTAKES, *_BROKEN_ROWS])
-def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_a_one_line_error_and_writes_nothing(mistakes, name):
   outcomes, folder = mistakes
   _, message = {**_MISTAKES, **_BROKEN_ROWS}[name]
   scripts.assert_one_line(outcomes[name], message.replace("{tmp}", str(folder)))
@@ -443,13 +443,13 @@ def test_text_of_a_results_file_is_no_formula_of_a_figure(tmp_path):
     {"network": {"a": 1}},
   ],
 )
-def test_unreadable_values_are_errors_of_one_line(changed):
+def test_unreadable_values_are_one_line_errors(changed):
   with pytest.raises(base.InputError, match="run its script again") as error:
     make("mnist_noise", [{**_NOISE, "accuracy_percent": 1.0, **changed}])
   assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
-def test_deep_json_is_an_error_of_one_line(tmp_path):
+def test_deep_json_is_a_one_line_error(tmp_path):
   (tmp_path / "mnist_noise").mkdir()
   (tmp_path / "mnist_noise" / "results.json").write_text("[" * 200_000)
   with pytest.raises(base.InputError, match="cannot be read as results"):
