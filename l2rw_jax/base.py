@@ -639,7 +639,7 @@ def is_traced(*values: Any) -> bool:
 def is_array(value: Any) -> bool:
   """Whether a leaf of a batch is an array of a type that JAX has.
 
-  Numbers of Python are no arrays, and JAX has no arrays of strings, dates or objects.
+  Python numbers are not arrays, and JAX has no arrays of strings, dates or objects.
   """
   dtype = getattr(value, "dtype", None)
   return dtype is not None and getattr(dtype, "kind", None) not in tuple("OSTUMm")

@@ -1,7 +1,7 @@
 """LDAM-DRW: larger margins for rarer classes, class balancing late in training.
 
-The logits of the classifier are cosines z in [-1, 1] (pass `cosine=True` to
-networks of this library with this attribute, see `models.split.Cosine`). Evaluation
+The logits of the classifier are cosines z in [-1, 1] (pass `cosine=True` to networks
+of this library that have this attribute, see `models.split.Cosine`). Evaluation
 predicts the class with the largest cosine, without margins.
 
 References:
@@ -28,7 +28,7 @@ BALANCES = ("reweight", "resample", "none")
 def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
   """Margin of each class, proportional to n^(-1/4) for a class of n examples.
 
-  The rarest class that has examples gets `max_margin`, a class without examples 0.
+  The rarest class that has examples gets `max_margin`; a class without examples gets 0.
 
   Args:
     class_counts: [C], non-negative.
@@ -228,7 +228,7 @@ def ldam_drw(
 
 
 def _check_cosines(problem, params):
-  """Raises InputError unless logits depend on the direction of features only."""
+  """Raises InputError unless logits are at most 1 and ignore the scale of features."""
   if problem.head is None:
     return
   features = 1e4 * jax.random.normal(jax.random.key(0), (8, problem.num_features))

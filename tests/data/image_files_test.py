@@ -1,4 +1,4 @@
-"""Headers and pixels of image files: sizes, modes, and what is no image."""
+"""Headers and pixels of image files: sizes, modes, and files that are not images."""
 
 import numpy as np
 from PIL import Image

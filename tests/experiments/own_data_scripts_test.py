@@ -262,7 +262,7 @@ def test_trusted_examples_are_the_meta_set_of_the_other_scripts(tmp_path):
     (fairness, {"network": "resnet", "imbalance": 2.0}, "--network=resnet"),
   ],
 )
-def test_what_takes_images_takes_no_table(tmp_path, script, flags, where):
+def test_scripts_and_networks_for_images_refuse_tables(tmp_path, script, flags, where):
   labels = np.arange(200) % 10
   points = np.random.default_rng(0).normal(size=(200, 3))
   np.savez(tmp_path / "rows.npz", X=points, y=labels)

@@ -27,7 +27,7 @@ def test_a_column_that_numbers_the_rows_is_left_out(tmp_path):
   assert other.features.shape == (29, 2) and len(other.notes) == 1
 
 
-def test_a_table_without_another_column_than_row_numbers_is_refused(tmp_path):
+def test_a_table_whose_only_column_numbers_the_rows_is_refused(tmp_path):
   name = user_files.write_table(
     tmp_path / "t.csv", [f"{i},{i % 2}" for i in range(30)], ",label"
   )

@@ -73,7 +73,7 @@ def test_reports_of_both_formats_are_recognized():
     assert _relayed(last_words.CONNECTED, reason, line[30:]) == "stopped.\n"
 
 
-def test_information_about_connections_is_no_report():
+def test_information_about_connections_is_not_a_report():
   lines = (
     b"I1130 09:41:00.1 1 coordination_service.cc:7] task 0 has connected.\n",
     b"W1130 09:41:00.1 1 coordination_service.cc:7] task 1 is slow.\n",
