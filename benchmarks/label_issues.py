@@ -95,7 +95,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   num_examples: int = flag(
     4_000,
     "Largest number of examples of a data set; wine and breast_cancer are always used"
-    " as a whole.",
+    " in full.",
     bounds=settings_lib.Bounds(100, 10**8),
     group="data",
   )

@@ -163,5 +163,5 @@ RUN_FIELDS = (
 
 
 def run_fields(metrics: dict[str, Any]) -> dict[str, Any]:
-  """The columns of every row about its run, such as its seed, versions and device."""
+  """The columns that describe the run of a row: its seed, versions, device, etc."""
   return {name: metrics[name] for name in RUN_FIELDS}

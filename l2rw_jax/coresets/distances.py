@@ -154,8 +154,8 @@ def outer_products(
 def _shifted(points, num_points):
   """Points [n, d] without the means that are larger than the standard deviations.
 
-  A few outliers cannot cause such a mean. If they could, the shift would round the other
-  points to the precision of the outliers.
+  A few outliers cannot cause such a mean. If they could, the shift would round the
+  other points to the precision of the outliers.
   """
   valid = jnp.isfinite(points).all(axis=1)
   if num_points is not None:

@@ -317,8 +317,8 @@ def _gap_summary(cells: Sequence[dict[int, float]]) -> dict[str, float]:
   for cell in cells:
     rates = np.sort(list(cell.values()))
     largest = max(largest, float(rates[-1] - rates[0]))
-    # The k-th step between neighbors is part of the differences of k (n - k) pairs, so
-    # that the pairs, of which 10,000 classes have 50 million, need not be listed.
+    # The k-th gap between neighboring rates is part of the differences of k (n - k)
+    # pairs. The pairs themselves (50 million for 10,000 classes) need not be listed.
     below = np.arange(1, len(rates))
     total += float(np.diff(rates) @ (below * (len(rates) - below)))
     num_pairs += len(rates) * (len(rates) - 1) // 2

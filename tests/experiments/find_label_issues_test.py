@@ -178,7 +178,7 @@ def test_a_folder_of_images_may_have_trusted_images(tmp_path, capsys):
   assert content["names"] == [row["path"] for row in rows]
 
 
-def test_what_was_skipped_and_is_missing_in_trusted_data_is_printed(tmp_path, capsys):
+def test_skipped_rows_and_missing_classes_of_trusted_data_are_printed(tmp_path, capsys):
   def table(name, header, labels):
     path = tmp_path / name
     rows = [f"{i * i},{label}" for i, label in enumerate(labels)]

@@ -34,7 +34,7 @@ class Encoder:
     transforms: the fitted scikit-learn transformers for numeric and for categorical
       columns, each None if there are no such columns.
     has_numbers: whether each numeric column, or each column of the array, had a number;
-      the other ones are left out.
+      the others are left out.
   """
 
   numeric: tuple[str, ...] | None

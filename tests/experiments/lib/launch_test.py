@@ -41,7 +41,7 @@ def test_errors_of_files_have_one_line(error, line, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="applies to glibc only")
 def test_large_blocks_stay_with_the_process():
   faults = [
     int(
