@@ -50,7 +50,7 @@ def test_integers_of_every_type_are_accepted_and_returned_as_int():
 @pytest.mark.parametrize(
   "value", [1, -1, 2.0, 2.5, float("nan"), np.float32(2), True, "2", None, np.ones(2)]
 )
-def test_values_that_are_no_integers_of_at_least_two_are_refused(value):
+def test_values_that_are_not_integers_of_at_least_two_are_refused(value):
   with pytest.raises(
     base.InputError, match=r"classes=.* must be an integer of at least"
   ):

@@ -112,7 +112,7 @@ def test_invalid_counts_are_refused_or_give_nan(bad):
 
 
 @pytest.mark.parametrize("dtype", [int, float])
-def test_a_label_that_is_no_class_gives_nan(dtype):
+def test_a_label_that_is_not_a_class_gives_nan(dtype):
   class_weights = jnp.array([1, 3], dtype)
   assert np.isnan(class_balance.example_weights(class_weights, jnp.array([0, 2]))).all()
   with pytest.raises(base.InputError, match="classes and groups must be integers"):

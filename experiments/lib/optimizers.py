@@ -14,7 +14,7 @@ from experiments.lib.settings import preset_flag
 from l2rw_jax import base
 from l2rw_jax.training import validation
 
-_STAIRS = 5
+_WARMUP_LEVELS = 5
 SCHEDULES = ("constant", "cosine")
 
 
@@ -63,8 +63,8 @@ class OptimizerConfig:
       multiplied.
     decay_all: whether biases and BatchNorm decay too, as with PyTorch's optimizers;
       otherwise only kernels decay, as with the L2 losses of released TensorFlow code.
-    warmup: share of the run in which the learning rate rises in five equal stairs
-      (in LDAM's code, one stair for each of the first five epochs).
+    warmup: share of the run in which the learning rate rises in five equal
+      increments (in LDAM's code, one for each of the first five epochs).
     cosine: whether the learning rate falls to 0 as a cosine instead of by drops.
     plateau_steps: number of updates in an epoch, for a learning rate that falls to a
       tenth (but not below 1e-5) whenever the loss of the examples `plateau_data` has
@@ -126,13 +126,13 @@ class OptimizerConfig:
     if not length:
       return after
 
-    def climbing(step):
+    def warmed_up(step):
       # Clip the step at the end of the warm-up: the product could overflow later.
-      stair = jnp.minimum(step, length) * _STAIRS // length + 1
-      stair = jnp.minimum(stair, _STAIRS)
-      return after(step) * stair / _STAIRS
+      level = jnp.minimum(step, length) * _WARMUP_LEVELS // length + 1
+      level = jnp.minimum(level, _WARMUP_LEVELS)
+      return after(step) * level / _WARMUP_LEVELS
 
-    return climbing
+    return warmed_up
 
   @functools.cache  # noqa: B019
   def optimizer(self, num_steps: int) -> optax.GradientTransformation:

@@ -2,10 +2,9 @@
 
 A task has several classes (ways) with k support and q query images each. The training
 tasks are a fixed pool. Some of them are from another distribution or have images of
-wrong classes.
-Validation (`meta`) and test tasks are clean, and the three sets of tasks have no class
-in common. A task stores only the row numbers of its images, which are gathered when a
-batch needs them.
+wrong classes. Validation (`meta`) and test tasks are clean, and the three sets of tasks
+have no class in common. A task stores only the row numbers of its images, which are
+gathered when a batch needs them.
 """
 
 import hashlib

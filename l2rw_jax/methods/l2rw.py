@@ -289,11 +289,11 @@ def weighted_value_and_grad(
 
   Returns:
     `(params, batch, meta_batch, opt_state=None, direction=None) -> ((loss, info),
-    grads)`, where
-    `loss` is sum_i weights_i losses_i over all devices, `info` is an `ExampleWeights`
-    (its `.aux` is that of `losses_fn`), and `grads` is the gradient of `loss`, summed
-    over devices. As with `jax.grad`, conjugate the gradients of complex parameters
-    before you pass them to an optimizer. It raises the errors of `example_weights`.
+    grads)`, where `loss` is sum_i weights_i losses_i over all devices, `info` is an
+    `ExampleWeights` (its `.aux` is that of `losses_fn`), and `grads` is the gradient of
+    `loss`, summed over devices. As with `jax.grad`, conjugate the gradients of complex
+    parameters before you pass them to an optimizer. It raises the errors of
+    `example_weights`.
 
   Raises:
     InputError: `microbatch_size` or `layers` is invalid.

@@ -263,7 +263,7 @@ def test_half_precision_gives_the_same_issues_as_float32():
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [1.2, -0.2], [0.5, 0.6]])
-def test_rows_that_are_no_distributions_are_refused(row):
+def test_rows_that_are_not_distributions_are_refused(row):
   p = np.array([[0.5, 0.5], row])
   with pytest.raises(base.InputError, match=r"not distributions.*at index 1"):
     audit.find_label_issues({"mean_probabilities": p}, np.array([0, 1]))

@@ -147,7 +147,7 @@ def test_invalid_arguments_raise(options, message):
     make(**options)
 
 
-def test_numbers_that_are_no_pixels_are_not_inverted():
+def test_numbers_that_are_not_pixels_are_not_inverted():
   # Standardized columns of a table, or pixels of 16 bits.
   for change in (lambda x: x - 0.5, lambda x: 65535 * x):
     train, test = (

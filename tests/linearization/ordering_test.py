@@ -80,7 +80,7 @@ def test_parameters_in_loops_are_counted_once_and_in_their_own_type(
   assert ratio == (activations - bytes_of_casts) / (16 * 16 * 4)
 
 
-def test_values_of_parameters_alone_are_no_activations_but_random_masks_are():
+def test_values_of_parameters_alone_are_not_activations_but_random_masks_are():
   leaves = [jnp.ones((16, 16)), jnp.ones(16)]
   x, key = jnp.ones((4, 16)), jax.random.key(0)
 

@@ -24,7 +24,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count():
   np.testing.assert_allclose(actual, [expected, 0], rtol=1e-5)
 
 
-def test_bytes_of_255_are_no_padding():
+def test_bytes_of_255_are_not_padding():
   logits = jnp.asarray(np.random.default_rng(2).normal(size=(1, 3, 256)), jnp.float32)
   labels = jnp.array([[255, 255, 1]])
   expected = _model().loss(logits, {"label": labels})

@@ -47,11 +47,11 @@ def read(
       DIR/test, the arrays X_test and y_test), they are used. Otherwise, a fixed fifth
       of the examples of each class, rounded down, is the test set. By default, all
       examples are returned, except for the source's test split.
-    labels: for images, a CSV file of path,label. The paths start in DIR or, if there
-      are folders DIR/train and DIR/test, in DIR or DIR/train; these folders are then
-      not splits. The default is labels.csv in the folder that is read, if it exists:
-      DIR or, if there are folders DIR/train and DIR/test, one of these. Otherwise, the
-      folders are the classes.
+    labels: for images, a CSV file of path,label. The paths are relative to DIR or, if
+      there are folders DIR/train and DIR/test, to DIR or DIR/train; these folders are
+      then not splits. The default is labels.csv in the folder that is read, if it
+      exists: DIR or, if there are folders DIR/train and DIR/test, one of these.
+      Otherwise, the folders are the classes.
     label_column: for a table, the label column. The default is a column called label,
       labels, class, target or y; if there is none, it is the last column.
     image_size: for image files, the height and width. The default is that of `like`

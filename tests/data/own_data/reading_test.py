@@ -268,7 +268,7 @@ def test_a_test_split_reads_one_training_image_of_each_class(
   assert test.form[:2] == train.form[:2] and len(test.labels) == 4
 
 
-def test_a_class_without_a_readable_image_is_no_class_of_the_test_split(folder):
+def test_a_class_without_a_readable_image_is_not_a_class_of_the_test_split(folder):
   for i in range(10):
     user_files.save_image(folder / "ant" / f"{i}.png", i)
     path = folder / "ant" / f"{i}.png"

@@ -34,7 +34,7 @@ def test_title(more, columns, expected):
   assert figures.setting_title(_ROW | more, columns) == expected
 
 
-def test_dollar_signs_in_the_name_of_the_data_are_no_formula(tmp_path):
+def test_dollar_signs_in_the_name_of_the_data_are_not_a_formula(tmp_path):
   # As a formula, "_" without a subscript would be an error, after hours of training.
   row = _ROW | {"dataset": "npz:/data/$_$.npz", "method": "uniform"}
   row |= {"accuracy_percent": 50.0, "published_percent": None}

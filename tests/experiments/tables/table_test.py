@@ -419,7 +419,7 @@ def test_text_of_a_results_file_stays_text_in_markdown():
 
 
 @pytest.mark.parametrize("start", ["=HYPERLINK(1)", "+1", "-1", "@x", "  =1", "\t=1"])
-def test_text_of_a_results_file_is_no_formula_of_a_spreadsheet(start):
+def test_text_of_a_results_file_is_not_a_formula_in_a_spreadsheet(start):
   rows = [{**_NOISE, "accuracy_percent": 1.0, "method": start}]
   text = formats.long_form([make("mnist_noise", rows)])
   (_, line, *_) = csv.reader(io.StringIO(text))
@@ -427,7 +427,7 @@ def test_text_of_a_results_file_is_no_formula_of_a_spreadsheet(start):
   assert line[0] == "mnist_noise"
 
 
-def test_text_of_a_results_file_is_no_formula_of_a_figure(tmp_path):
+def test_text_of_a_results_file_is_not_a_formula_in_a_figure(tmp_path):
   rows = [{**_NOISE, "accuracy_percent": 1.0, "method": r"$\frac{$ and $x"}]
   tables.write(tmp_path / "out", [make("mnist_noise", rows, preset="bare")])
   assert (tmp_path / "out" / "tables.png").stat().st_size > 1000
