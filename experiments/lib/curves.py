@@ -27,9 +27,8 @@ class Curve(NamedTuple):
   def at(self, seconds: Any) -> Any:
     """The results after this many seconds of training.
 
-    Results are interpolated linearly between evaluations.
-
-    They are NaN before the first evaluation and constant after the last one.
+    Results are interpolated linearly between evaluations. They are NaN before the first
+    evaluation and constant after the last one.
     """
     return np.interp(seconds, self.seconds, self.values, left=np.nan)
 

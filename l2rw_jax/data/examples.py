@@ -178,9 +178,9 @@ def from_arrays(
     Splits whose true labels are the given labels.
 
   Raises:
-    InputError: a part is not a pair, or masked, its features and labels have different
-      lengths, its features are neither uint8 nor floating point or have another type or
-      shape than those of `train`, labels are not integers from 0 to C - 1,
+    InputError: a part is not a pair or is masked, its features and labels have
+      different lengths, its features are neither uint8 nor floating point, their type
+      or shape differs from that of `train`, labels are not integers from 0 to C - 1,
       `num_classes` is not an integer, or there is no training example.
   """
   given = {"train": train, "meta": meta, "validation": validation, "test": test}

@@ -58,9 +58,8 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
 
   This is the layout of TFDS's `ImageFolder` and of torchvision: one folder for each
   class, in the order of their names. Images in subfolders belong to the class, too.
-  Hidden files and folders are left out.
-  Images (JPEG, PNG or BMP) are converted to RGB with 8 bits per channel and resized
-  to `size` by `size`.
+  Hidden files and folders are left out. Images (JPEG, PNG or BMP) are converted to RGB
+  with 8 bits per channel and resized to `size` by `size`.
 
   Args:
     root: the folder of the data set.
@@ -88,7 +87,7 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
   outside = [p for p in _listed(folder) if p.suffix.lower() in _SUFFIXES]
   outside = [p for p in outside if not p.is_dir()]
   if outside:
-    raise base.InputError(f"{outside[0]} is in no class folder; move it into one.")
+    raise base.InputError(f"{outside[0]} is not in a class folder; move it into one.")
   images, labels = [], []
   for label, class_folder in enumerate(classes):
     files = _images(class_folder)

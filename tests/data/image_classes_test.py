@@ -212,7 +212,7 @@ def test_an_image_that_cannot_be_read_is_an_error(folder):
     assert file.name in str(caught.value) and "\n" not in str(caught.value)
     file.unlink()
 
-  assert_raises(folder / "train" / "lost.png", "is in no class")
+  assert_raises(folder / "train" / "lost.png", "is not in a class")
   assert_raises(inner / "y.webp", "has a format that cannot be read")
   valid = (inner / "x.PNG").read_bytes()
   # Empty, cut off, and with a broken header.
