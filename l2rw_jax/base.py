@@ -587,7 +587,7 @@ def check_integer(name: str, value: Any, at_least: int = 1) -> int:
 
   Args:
     name: the argument and, before it, the function, such as "warpi: num_samples".
-    value: an integer of Python, NumPy or JAX that is not traced.
+    value: a Python, NumPy or JAX integer that is not traced.
     at_least: the smallest allowed value.
 
   Raises:
@@ -609,16 +609,16 @@ def check_integer(name: str, value: Any, at_least: int = 1) -> int:
 
 
 def setting(value: Any, dtype: Any = None) -> Any:
-  """A setting of a formula, such as a temperature, as a number of Python.
+  """A setting of a formula, such as a temperature, as a Python number.
 
-  Numbers of NumPy and JAX would promote the arrays with which they are combined, and
+  NumPy and JAX numbers would promote the arrays with which they are combined, and
   under `jit`, comparisons of JAX arrays are traced even if their values are known.
 
   Args:
-    value: a number of Python, NumPy or JAX, or a traced one. Anything else is returned
+    value: a Python, NumPy or JAX number, or a traced one. Anything else is returned
       unchanged.
-    dtype: the type of the result if the value is traced. Integer types are ignored,
-      in which 0.5 would become 0.
+    dtype: the type of the result if the value is traced. Integer types, in which 0.5
+      would become 0, are ignored.
 
   >>> import numpy as np
   >>> setting(np.float64(0.5)), setting(np.array(2))

@@ -112,7 +112,7 @@ def example_weights(
 
 
 def check_beta(beta: float) -> float:
-  """`beta` of `effective_number`, as a number of Python.
+  """`beta` of `effective_number`, as a Python number.
 
   Raises:
     InputError: it is out of range, or traced: 1 - beta needs double precision.

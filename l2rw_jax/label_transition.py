@@ -183,7 +183,7 @@ def check_estimator(estimator: str) -> None:
 
 
 def check_percentile(percentile: float) -> float:
-  """`percentile` as a number of Python.
+  """`percentile` as a Python number.
 
   Raises:
     InputError: it is traced, or not between 0 and 100.

@@ -104,8 +104,8 @@ class Settings(MemoryFlags, settings_lib.Settings):
   )
   mwn_preset: str | None = flag(
     None,
-    "Released program of Meta-Weight-Net to follow. The default is noise_stable; it is"
-    " imbalance in a long tail, and bare with --preset=bare of mnist_noise.",
+    "Released program of Meta-Weight-Net to follow. The default is noise_stable (in the"
+    " long-tail scripts: imbalance; in mnist_noise with --preset=bare: bare).",
     choices=meta_weight_net.PRESETS,
     methods=["meta_weight_net"],
   )

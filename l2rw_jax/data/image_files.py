@@ -105,7 +105,7 @@ def to_8_bits(image: Any) -> Any:
   Other images are returned unchanged. Pillow's `convert` would clip the values instead.
 
   Args:
-    image: an image of Pillow.
+    image: a Pillow image.
 
   Raises:
     ValueError: a pixel with 32 bits is not between 0 and 65535.

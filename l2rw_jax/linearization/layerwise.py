@@ -16,7 +16,7 @@ never forms a gradient of parameters, and
 The backward pass (called recording), `directional` and `weighted_gradient` cost one
 forward pass each, in addition to the forward pass that computes the losses. With the
 engine "forward", these three cost 0, 2 and 2 forward passes. Per-example gradients are
-formed only of parameters that are broadcast over the examples, such as biases; they
+formed only for parameters that are broadcast over the examples, such as biases; they
 take no more memory than activations. Operations on parameters alone (casts, reshapes,
 weight normalization) are differentiated as usual.
 
@@ -24,12 +24,12 @@ The engine works on the jaxpr of the losses, so it supports any framework and an
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
 The gradients delta are taken with respect to perturbations: arrays of zeros that are
 added to the outputs of the uses, or to parameters that are broadcast over the examples,
-such as biases. In a `jax.lax.scan`, each iteration reads its
-perturbations from a row of the input. It records the values that are needed for the
-derivatives in a row of the output, and `directional` and `weighted_gradient` each loop
-over these rows. The engine does not support a `jax.custom_vjp` with an input that
-depends on parameters alone, because its backward rule sums over examples, nor a
-`jax.lax.while_loop` or `jax.lax.cond` with an input that depends on examples.
+such as biases. In a `jax.lax.scan`, each iteration reads its perturbations from a row
+of the input. It records the values that are needed for the derivatives in a row of the
+output, and `directional` and `weighted_gradient` each loop over these rows. The engine
+does not support a `jax.custom_vjp` with an input that depends on parameters alone,
+because its backward rule sums over examples, nor a `jax.lax.while_loop` or
+`jax.lax.cond` with an input that depends on examples.
 
 A `jax.checkpoint` that takes parameters is supported with `recompute`. Only its inputs
 and the gradients of its outputs are recorded, and each pass recomputes the values that

@@ -260,7 +260,7 @@ def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
 
   Args:
     first: pytree of arrays; only floating-point and complex ones are waited for.
-    then: pytree of arrays. Typed PRNG keys, numbers of Python, and arrays of strings or
+    then: pytree of arrays. Typed PRNG keys, Python numbers, and arrays of strings or
       objects do not wait.
 
   Returns:
@@ -273,7 +273,7 @@ def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   is_ready = zero_after(first) == 0  # Always True.
 
   def wait(x):
-    if not base.is_array(x):  # Numbers of Python and strings are not computed.
+    if not base.is_array(x):  # Python numbers and strings are not computed.
       return x
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # Typed PRNG keys.
       return x

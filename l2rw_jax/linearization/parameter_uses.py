@@ -955,7 +955,7 @@ def _plan(closed, arrays, num_leaves, size, names, recompute):
     is_data = jnp.shape(array)[:1] == (size,)
     kind, axis = (Kind.DATA, 0) if is_data else (Kind.CONSTANT, None)
     args.append(plan.place(kind, aval, axis))
-    # The derivatives read the types of values, which a number of Python does not have.
+    # The derivatives read the types of values, which a Python number does not have.
     env[args[-1].place] = array if hasattr(array, "dtype") else jnp.asarray(array)
   consts = [plan.place(Kind.CONSTANT, v.aval) for v in closed.jaxpr.constvars]
   plan.known = {

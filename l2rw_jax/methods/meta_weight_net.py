@@ -28,8 +28,8 @@ The default is the preset "noise_stable": the published algorithm is the detache
 and with "mean" the effective step of the classifier does not vary from batch to batch.
 The look-ahead step is plain SGD with the classifier's learning rate, as in all releases
 (the imbalance release lowers the rate of the look-ahead one epoch after that of the
-classifier, which is not reproduced). The look-ahead step does not change BatchNorm's
-running statistics.
+classifier; this delay is not reproduced). The look-ahead step does not change
+BatchNorm's running statistics.
 
 Reference: Shu, Xie, Yi, Zhao, Zhou, Xu, Meng, "Meta-Weight-Net: Learning an Explicit
 Mapping For Sample Weighting", NeurIPS 2019, arXiv:1902.07379.
