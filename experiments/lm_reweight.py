@@ -293,7 +293,9 @@ def draw(
 def _draw_recovered(right: Any, by_method: dict[str, runner.Rows]) -> None:
   percents = {
     "all" if kind == "recovered" else kind: [
-      [row[f"{kind}_percent"] or 0.0 for row in rows] for rows in by_method.values()
+      # A seed without documents of this kind has no percentage, which is not 0.
+      [p for row in rows if (p := row[f"{kind}_percent"]) is not None]
+      for rows in by_method.values()
     ]
     for kind in ("recovered", *text_documents.KINDS[1:])
   }

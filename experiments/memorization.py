@@ -341,6 +341,8 @@ def _spread(rows: runner.Rows) -> str:
   values = _column(rows, "accuracy_percent")
   if not values:
     return "-"
+  if len(values) == 1:  # One model has no spread, which "± 0.00" would claim.
+    return f"{values[0]:.2f} (1)"
   return f"{np.mean(values):.2f} ± {np.std(values):.2f} ({len(values)})"
 
 

@@ -116,7 +116,8 @@ def grouped_bars(
 
   Args:
     axes: axes on which to draw.
-    values: maps the label of a bar to the values of its runs in each group.
+    values: maps the label of a bar to the values of its runs in each group. Without
+      values, there is no bar.
     groups: labels of the groups.
 
   Returns:
@@ -125,9 +126,10 @@ def grouped_bars(
   width, edges = 0.8 / len(values), {}
   for i, (label, runs) in enumerate(values.items()):
     places = np.arange(len(groups)) + (i - (len(values) - 1) / 2) * width
-    intervals = [report.interval(run) for run in runs]
+    known = [i for i, run in enumerate(runs) if len(run)]
+    intervals = [report.interval(runs[i]) for i in known]
     means, errors = [interval.mean for interval in intervals], clipped_errors(intervals)
-    axes.bar(places, means, width * 0.9, yerr=errors, capsize=2, label=label)
+    axes.bar(places[known], means, width * 0.9, yerr=errors, capsize=2, label=label)
     for place, run in zip(places + 0.3 * width, runs, strict=True):
       axes.plot([place] * len(run), run, "k.", markersize=3)
     edges[label] = places - 0.45 * width

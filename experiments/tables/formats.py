@@ -34,13 +34,14 @@ def summary(table: table_lib.Table) -> str:
     cells.append(_name(table, line.method))
     for i in table.metrics():
       value = line.values[i]
-      cells.append(_measured(value))
+      cells.append(_measured(value, line.repeats))
       cells += [_published(value), _difference(value)] if table.has_published(i) else []
     rows.append([*cells, line.repeats])
   result = report.table([*header, f"{layout.repeat}s"], rows)
   shared = [_markdown(table.say_constant(but=columns)), "mean ± 95% interval"]
   above = "; ".join(part for part in shared if part)
-  return "\n\n".join([f"{above}.", result, _sources(table), *_note_on_tuning(table)])
+  notes = [*_note_on_missing(table, table.metrics()), *_note_on_tuning(table)]
+  return "\n\n".join([f"{above}.", result, _sources(table), *notes])
 
 
 def compact(table: table_lib.Table) -> str:
@@ -77,7 +78,7 @@ def _compact(table):
       value = line.values[i]
       published = "" if value.published is None else f" ({_published(value)})"
       values = cells.setdefault(_name(table, line.method), {})
-      values[key, i] = _measured(value) + published
+      values[key, i] = _measured(value, line.repeats) + published
   places = [(key, i) for key in settings for i in shown]
   rows = [[name, *(v.get(p, "") for p in places)] for name, v in cells.items()]
   lines = [[layout.method_heading, *header], *rows]
@@ -88,7 +89,7 @@ def _compact(table):
   lines[0] = [heading or "-" for heading in lines[0]]
   text = report.table(lines[0], lines[1:])
   above = "; ".join(part for part in shared if part)
-  return f"{above}.\n\n{text}"
+  return "\n\n".join([f"{above}.", text, *_note_on_missing(table, shown)])
 
 
 def long_form(tables: Sequence[table_lib.Table]) -> str:
@@ -134,6 +135,22 @@ def _note_on_tuning(table: table_lib.Table) -> list[str]:
   return [f"† chosen by test accuracy: {'; '.join(chosen)}."] if chosen else []
 
 
+def _note_on_missing(table: table_lib.Table, metrics: Sequence[int]) -> list[str]:
+  """What "k of n" after a number means; empty if no number of `metrics` has it."""
+  if not any(_is_partial(x.values[i], x.repeats) for x in table.lines for i in metrics):
+    return []
+  repeats = f"{table.layout.repeat}s"
+  return [
+    f'"k of n" after a number: it is the mean over the k {repeats} that have it; the'
+    f" other {repeats} have no such number."
+  ]
+
+
+def _is_partial(value: table_lib.Value, repeats: int) -> bool:
+  """Whether only some of the runs of a line measured this metric."""
+  return value.measured is not None and value.measured.repeats < repeats
+
+
 def _text(text: str) -> str:
   """Escapes text from a results file, so that spreadsheets do not evaluate it."""
   return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
@@ -150,10 +167,15 @@ def _plain(value: Any) -> str:
   return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _measured(value: table_lib.Value) -> str:
-  return (
-    "-" if value.measured is None else f"{value.measured:.{value.metric.decimals}f}"
-  )
+def _measured(value: table_lib.Value, repeats: int) -> str:
+  """The mean with its interval, and from how many of the runs, if not from all."""
+  if value.measured is None:
+    return "-"
+  text = f"{value.measured:.{value.metric.decimals}f}"
+  # Without the number of runs, a method that reached an accuracy in one of three runs
+  # would look like a method that always reached it.
+  is_partial = _is_partial(value, repeats)
+  return f"{text}, {value.measured.repeats} of {repeats}" if is_partial else text
 
 
 def _published(value: table_lib.Value) -> str:

@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+from matplotlib import container
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -112,6 +113,25 @@ def test_recovered_documents_by_hand():
     }
   )
   assert set(lm_reweight.recovered(None, kinds).values()) == {None}
+
+
+def test_a_kind_that_a_seed_does_not_have_is_not_drawn_as_0():
+  by_method = {
+    "l2rw": [
+      {"recovered_percent": p, "shuffled_percent": q, "english_percent": None}
+      | {"random_percent": 0.0}
+      for p, q in ((40.0, None), (60.0, 80.0))
+    ]
+  }
+  _, axes = plt.subplots()
+  lm_reweight._draw_recovered(axes, by_method)
+  bars = {
+    bars.get_label(): [b.get_height() for b in bars]
+    for bars in axes.containers
+    if isinstance(bars, container.BarContainer)
+  }
+  plt.close("all")
+  assert bars == {"all": [50.0], "shuffled": [80.0], "english": [], "random": [0.0]}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
 """The titles of figures name the settings of their rows."""
 
+import itertools
+import warnings
+
+from matplotlib import container
+import matplotlib.pyplot as plt
 import pytest
 
 from experiments.lib import figures
@@ -40,3 +45,19 @@ def test_dollar_signs_in_the_name_of_the_data_are_not_a_formula(tmp_path):
   row |= {"accuracy_percent": 50.0, "published_percent": None}
   figures.accuracies([row], ["preset", "fraction"], tmp_path / "a.png")
   assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bar_without_values_is_left_out():
+  _, axes = plt.subplots()
+  values = {"all": [[10.0, 30.0], [5.0]], "shuffled": [[], [7.0]], "random": [[], []]}
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")  # NumPy warns of the mean of an empty list.
+    edges = figures.grouped_bars(axes, values, ["a", "b"])
+  is_bars = [isinstance(c, container.BarContainer) for c in axes.containers]
+  bars = itertools.compress(axes.containers, is_bars)
+  heights = [[bar.get_height() for bar in group] for group in bars]
+  plt.close("all")
+  assert heights == [[20.0, 5.0], [7.0], []]
+  assert {label: len(places) for label, places in edges.items()} == dict.fromkeys(
+    values, 2
+  )

@@ -149,6 +149,35 @@ def test_the_short_form_of_one_setting_has_a_column_per_metric():
   assert text.endswith("Published: nothing, the problem is this project's.")
 
 
+def test_a_mean_over_some_of_the_seeds_says_so():
+  # A method that reached 90% with one or two of three seeds looked like one that always
+  # does, and its mean over these seeds was compared with means over all seeds.
+  row = {metric.column: 1.0 for metric in tables.layouts()["coreset"].metrics}
+  row |= {"network": "mlp", "fraction": 0.1}
+  rows = [
+    {**row, "method": method, "seed": seed, "seconds_to_90": seconds}
+    for method, reached in (
+      ("full", (1.0, 1.0, 4.0)),
+      ("craig", (3.0, None, 5.0)),
+      ("random", (None, 7.0, None)),
+      ("adacore", (None, None, None)),
+    )
+    for seed, seconds in enumerate(reached)
+  ]
+  table = make("coreset", rows)
+  for form in (formats.summary, formats.compact):
+    text = form(table)
+    header, *lines = scripts.table(text)
+    assert [line[header.index("seconds to 90 %")] for line in lines] == [
+      # t(0.975, 2) = 4.303 and t(0.975, 1) = 12.706 standard errors, each 1.
+      *("2.0 ± 4.3", "4.0 ± 12.7, 2 of 3", "7.0, 1 of 3", "-"),
+    ]
+    assert text.count('"k of n" after a number: it is the mean over the k seeds') == 1
+    assert '"k of n"' not in form(make("coreset", rows[:3]))
+  long = csv.reader(io.StringIO(formats.long_form([table])))
+  assert [line[6] for line in long if line[3] == "seconds to 90 %"] == ["3", "2", "1"]
+
+
 def test_the_short_form_may_have_a_table_for_each_value_of_a_setting():
   none = {metric.column: None for metric in tables.STEP_TIME.metrics}
   shared = none | {
