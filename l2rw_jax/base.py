@@ -527,10 +527,23 @@ def host_or_jax_array(values: Any) -> Any:
   """Returns JAX arrays unchanged, and all other values as NumPy arrays.
 
   Unlike JAX without x64, NumPy keeps integers of 64 bits.
+
+  Raises:
+    InputError: the values are a masked array.
   """
+  refuse_mask("an array of labels, groups or other values", values)
   if hasattr(values, "__jax_array__"):  # A variable of flax.nnx, for instance.
     values = jnp.asarray(values)
   return values if isinstance(values, jax.Array) else np.asarray(values)
+
+
+def refuse_mask(what: str, values: Any) -> None:
+  """Raises InputError for masked arrays, whose mask NumPy and JAX ignore or refuse."""
+  if isinstance(values, np.ma.MaskedArray):
+    raise InputError(
+      f"{what} must not be a masked array; leave out the examples with masked values,"
+      " or fill them (.filled)"
+    )
 
 
 def wide_integers(values: Any, size: int) -> Array:

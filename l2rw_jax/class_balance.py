@@ -140,6 +140,7 @@ def as_counts(class_counts: base.Array) -> base.Array:
   Raises:
     InputError: `class_counts` are invalid, see `inverse_frequency`.
   """
+  base.refuse_mask("class_counts", class_counts)
   check_counts(class_counts)
   if not isinstance(class_counts, jax.Array):
     # JAX would keep only the lower 32 bits of 64-bit integers.

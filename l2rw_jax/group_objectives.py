@@ -247,6 +247,7 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
     num_groups: G.
     where: name of the set for the error message.
   """
+  base.refuse_mask(f"groups of {where}", groups)
   array = np.asarray(groups)
   if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
     raise base.InputError(

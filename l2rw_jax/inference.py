@@ -34,7 +34,7 @@ def map_batches(
     The results as NumPy arrays, concatenated along their leading axis.
 
   Raises:
-    InputError: the arrays have no or different lengths, there is no example,
+    InputError: the arrays have no or different lengths or a mask, there is no example,
       `batch_size` is not a positive integer, `fun` returns a scalar, or, with
       `by_process`, another process published why it ended.
 
@@ -44,6 +44,8 @@ def map_batches(
   >>> map_batches(lambda batch: batch["x"].sum(keepdims=True), examples, batch_size=2)
   array([1, 5, 4])
   """
+  for name, x in examples.items():
+    base.refuse_mask(f"{name} in a pass over a data set", x)
   # `len` of a scalar array would raise a TypeError.
   sizes = {
     name: len(x) if getattr(x, "shape", True) else None for name, x in examples.items()
@@ -59,7 +61,9 @@ def map_batches(
   def results(starts):
     parts = []
     for start in starts:
-      batch = {name: x[start : start + batch_size] for name, x in examples.items()}
+      batch = {
+        name: _native(x[start : start + batch_size]) for name, x in examples.items()
+      }
       parts.append(jax.device_get(fun(batch)))
       if any(np.ndim(x) == 0 for x in jax.tree.leaves(parts[-1])):
         raise base.InputError(
@@ -78,3 +82,14 @@ def map_batches(
     part = jax.tree.map(lambda x: x[:0], results(starts[:1]))
   leaves, structure = jax.tree.flatten(part)
   return jax.tree.unflatten(structure, processes.join(leaves))
+
+
+def _native(values: Any) -> Any:
+  """Rows in the byte order of this machine.
+
+  `jax.jit` reads the bytes of integers in the other order as if they were in this one.
+  """
+  dtype = getattr(values, "dtype", None)
+  if not isinstance(dtype, np.dtype) or dtype.isnative:
+    return values
+  return np.asarray(values).astype(dtype.newbyteorder("="))

@@ -7,9 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax import audit
 from l2rw_jax import base
+from l2rw_jax import class_balance
+from l2rw_jax import coresets
+from l2rw_jax import group_objectives
+from l2rw_jax import inference
+from l2rw_jax import label_transition
+from l2rw_jax import losses
+from l2rw_jax.data import label_noise
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
+from l2rw_jax.training import evaluation
 
 
 def test_an_entry_that_a_batch_lacks_is_named():
@@ -280,3 +289,33 @@ def test_wide_integers_replaces_out_of_range_integers_by_minus_one():
 @pytest.mark.parametrize("index", [[0, 1], (0, 1), [False, True], np.array([0, 1])])
 def test_take_reads_lists(index):
   np.testing.assert_array_equal(base.take(jnp.arange(2.0), index), [0, 1])
+
+
+_MASKED = np.ma.array([0, 1, 1], mask=[False, False, True])
+_LABELS, _LOGITS = np.array([0, 1, 1]), np.eye(3, 2, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda x: losses.softmax_cross_entropy(jnp.array(_LOGITS), x),
+    lambda x: losses.focal(jnp.array(_LOGITS), _LABELS, where=x == 0),
+    lambda x: class_balance.inverse_frequency(x),
+    lambda x: group_objectives.group_means(jnp.ones(3), x, 2),
+    lambda x: group_objectives.check_groups(x, 2),
+    lambda x: label_transition.confusion(_LABELS, x, 2),
+    lambda x: label_noise.resample(x, np.eye(2), rng=np.random.default_rng(0)),
+    lambda x: coresets.select(_LOGITS, x, 2),
+    lambda x: coresets.select(np.ma.array(_LOGITS), _LABELS, 2),
+    lambda x: audit.find_label_issues({"mean_probabilities": np.ones((3, 2)) / 2}, x),
+    lambda x: audit.find_label_issues(
+      {"mean_probabilities": np.ma.array(np.ones((3, 2)) / 2)}, _LABELS
+    ),
+    lambda x: audit.update(audit.init(3, 2), np.arange(3), _LOGITS, x),
+    lambda x: evaluation.accuracy(evaluation.Predictions(x, _LABELS, np.ones(3), 2)),
+    lambda x: inference.map_batches(lambda b: b["y"], {"y": x}, 2),
+  ],
+)
+def test_masked_arrays_are_refused_because_their_mask_would_be_ignored(call):
+  with pytest.raises(base.InputError, match="must not be a masked array"):
+    call(_MASKED)

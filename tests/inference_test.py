@@ -1,5 +1,6 @@
 """Passes over a data set in batches."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -57,3 +58,12 @@ def test_a_result_per_batch():
 def test_examples_have_one_length(examples):
   with pytest.raises(base.InputError, match="arrays of one length, at least 1"):
     inference.map_batches(lambda batch: batch["x"], examples, 2)
+
+
+def test_rows_of_every_byte_order_keep_their_values_under_jit():
+  # jax.jit reads the bytes of 1 in the other order as 16777216.
+  x = np.arange(5)
+  examples = {"x": x.astype(">i4"), "y": x.astype("<f8"), "z": x.astype(">f4")}
+  results = inference.map_batches(jax.jit(lambda batch: batch), examples, 2)
+  for values in results.values():
+    np.testing.assert_array_equal(values, x)

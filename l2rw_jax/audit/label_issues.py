@@ -179,8 +179,8 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
   Raises:
     InputError: "mean_probabilities" is missing, the shapes do not match, there are
       fewer than two classes, a label is not an integer or not one of the C classes, no
-      example was ever seen, or a distribution has a negative entry or another sum
-      than 1.
+      example was ever seen, an array is masked, or a distribution has a negative entry
+      or another sum than 1.
     FloatingPointError: a distribution is not finite although its example was seen.
 
   >>> state = statistics_lib.init(num_examples=4, num_classes=2)
@@ -373,6 +373,8 @@ def _check(statistics, labels):
       f"statistics has no {_PROBABILITIES!r}; pass the state, or what audit.summarize"
       " returns."
     )
+  for name, x in (("labels", labels), *statistics.items()):
+    base.refuse_mask(f"find_label_issues: {name}", x)
   statistics = {name: _widened(np.asarray(x)) for name, x in statistics.items()}
   labels = np.asarray(labels)
   shape = statistics[_PROBABILITIES].shape

@@ -132,11 +132,14 @@ def select(
     A `Coreset`; its weights sum to n.
 
   Raises:
-    InputError: an argument is out of range or has a wrong type or shape, a label is not
-      finite, or a proxy or a feature is NaN, infinite, or so large that its square
-      overflows.
+    InputError: an argument is out of range, is a masked array or has a wrong type or
+      shape, a label is not finite, or a proxy or a feature is NaN, infinite, or so
+      large that its square overflows.
   """
   check_greedy(greedy, epsilon)
+  arguments = {"proxies": proxies, "labels": labels, "features": features}
+  for name, values in arguments.items():
+    base.refuse_mask(f"select: {name}", values)
   labels = np.asarray(labels)
   if np.ndim(proxies) != 2:
     raise base.InputError(
@@ -234,7 +237,8 @@ def _wide(name, values):
   values = np.asarray(values)
   if np.issubdtype(values.dtype, np.complexfloating):
     raise base.InputError(f"select: {name} must be real numbers; got {values.dtype}.")
-  dtype = jax.dtypes.canonicalize_dtype(base.accumulator_dtype(values.dtype))
+  native = values.dtype.newbyteorder("=")  # JAX has no other byte order.
+  dtype = jax.dtypes.canonicalize_dtype(base.accumulator_dtype(native))
   values = values.astype(dtype)
   with np.errstate(over="ignore"):
     lengths = np.sum(values**2, axis=-1, dtype=dtype)

@@ -514,15 +514,6 @@ def read_rows(source: Any, rows: np.ndarray) -> np.ndarray:
     return np.asarray(source[ascending])[places]
 
 
-def _refuse_mask(what: str, values: Any) -> None:
-  """Raises InputError for masked arrays, whose mask NumPy and JAX ignore or refuse."""
-  if isinstance(values, np.ma.MaskedArray):
-    raise base.InputError(
-      f"{what} must not be a masked array; leave out the examples with masked values,"
-      " or fill them (.filled)"
-    )
-
-
 def integers(what: str, values: Any) -> np.ndarray:
   """Converts labels, groups or row numbers to int32 without changing a value.
 
@@ -535,7 +526,7 @@ def integers(what: str, values: Any) -> np.ndarray:
     InputError: the values have an unsupported type, are masked or are ragged lists, or
       one of them is not an integer that fits into int32.
   """
-  _refuse_mask(what, values)
+  base.refuse_mask(what, values)
   try:
     array = np.asarray(values)
     if array.dtype == object:
@@ -586,7 +577,7 @@ def check_examples(examples: Examples, where: str) -> Examples:
     if name != "image" and getattr(examples, name) is not None
   }
   image = examples.image
-  _refuse_mask(f"the images in {where}", image)
+  base.refuse_mask(f"the images in {where}", image)
   if not hasattr(image, "shape"):
     check_images(image, f"the images in {where}")
   for name, column in columns.items():

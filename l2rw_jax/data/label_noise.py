@@ -314,8 +314,10 @@ def check_labels(what: str, labels: Any, num_classes: int) -> np.ndarray:
     The labels, int32 [N].
 
   Raises:
-    InputError: the rank or the type is wrong, or a label is out of range.
+    InputError: the rank or the type is wrong, a label is out of range, or the labels
+      are a masked array.
   """
+  base.refuse_mask(what, labels)
   array = np.asarray(labels)
   if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
     raise base.InputError(

@@ -39,8 +39,10 @@ class Predictions(NamedTuple):
     """Whether each predicted class is the label, bool, of the same shape.
 
     Raises:
-      InputError: there is not one prediction for each label.
+      InputError: there is not one prediction for each label, or an array is masked.
     """
+    for name in ("labels", "predicted", "losses", "groups"):
+      base.refuse_mask(f"the {name} of predictions", getattr(self, name))
     shapes = np.shape(self.predicted), np.shape(self.labels)
     if shapes[0] != shapes[1]:  # NumPy could compare each with all others.
       raise base.InputError(

@@ -237,3 +237,12 @@ def test_different_types_under_strict_promotion_in_double_precision():
       proxies, [0, 0, 0], 2, features=features, scale=np.ones((3, 3), np.float32)
     )
   assert coreset.weights.sum() == 3
+
+
+def test_proxies_of_every_byte_order():
+  proxies, labels = np.random.default_rng(0).normal(size=(12, 3)), np.arange(12) % 2
+  expected = coresets.select(proxies.astype(np.float32), labels, 5)
+  for dtype in (">f4", ">f8"):
+    result = coresets.select(proxies.astype(dtype), labels.astype(">i8"), 5)
+    np.testing.assert_array_equal(result.rows, expected.rows)
+    np.testing.assert_array_equal(result.weights, expected.weights)
