@@ -179,7 +179,7 @@ def sample_size(num_points: int, size: int, epsilon: float) -> int:
   size = base.check_integer("size", size)
   if not 0 < epsilon < 1:
     raise base.InputError(f"epsilon={epsilon} must lie between 0 and 1.")
-  return max(1, math.ceil(num_points / size * math.log(1 / epsilon)))
+  return max(1, math.ceil(num_points / size * math.log(1 / float(epsilon))))
 
 
 def stochastic_greedy(

@@ -155,7 +155,7 @@ def episodes(
   base.check_integer("num_shots", num_shots)
   base.check_integer("num_queries", num_queries)
   base.check_integer("num_test_tasks", num_test_tasks)
-  num_ood = round(num_tasks * ood_share)
+  num_ood = round(num_tasks * float(ood_share))
   train_rng, meta_rng, test_rng = examples_lib.generators(seed, 3)
   shape = _Shape(num_ways, num_shots, num_queries)
   images, pool = _training_tasks(
@@ -258,7 +258,7 @@ def _draw(source, number, shape, rng):
 
 def _noisy(source, share, rng):
   labels = source.labels.copy()
-  number = math.floor(share * len(labels) + _ROUNDING)
+  number = math.floor(float(share) * len(labels) + _ROUNDING)
   chosen = rng.permutation(len(labels))[:number]
   labels[chosen] = rng.integers(source.num_classes, size=len(chosen))
   return source._replace(labels=labels)

@@ -82,7 +82,7 @@ def fairness(
   group_options: dict[str, Any] = {}
   test_labels, true_labels = test.labels, train.labels
   if groups == "inverted":
-    minority = [max(1, round(minority_share * len(r))) for r in rows_of_classes]
+    minority = [max(1, round(float(minority_share) * len(r))) for r in rows_of_classes]
     chosen = [
       group_rng.choice(r, n, replace=False)
       for r, n in zip(rows_of_classes, minority, strict=True)

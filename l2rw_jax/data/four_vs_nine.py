@@ -91,6 +91,8 @@ def _draw_digits(
   rng: np.random.Generator,
 ) -> list[np.ndarray]:
   """Rows of the fours and rows of the nines, at least `min_size` of each."""
+  # Products with NumPy scalars in half precision would overflow.
+  majority = float(majority)
   sizes = [math.floor(num_train * (1 - majority)), math.floor(num_train * majority)]
   request = (
     f"num_train={num_train} at majority={majority} needs {sizes[0]} fours and"

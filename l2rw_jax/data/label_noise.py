@@ -159,7 +159,7 @@ def symmetric_matrix(num_classes: int, rate: float) -> np.ndarray:
     Patel, Sastry, "Adaptive Sample Selection for Robust Learning under Label
     Noise" (BARE), WACV 2023: symmetric noise.
   """
-  _check_matrix(num_classes, rate)
+  rate = _checked_rate(num_classes, rate)
   matrix = np.full((num_classes, num_classes), rate / (num_classes - 1))
   np.fill_diagonal(matrix, 1 - rate)
   return matrix
@@ -184,7 +184,7 @@ def uniform_matrix(num_classes: int, rate: float) -> np.ndarray:
   References:
     Shu et al., "Meta-Weight-Net" (NeurIPS 2019), released code: uniform noise.
   """
-  _check_matrix(num_classes, rate)
+  rate = _checked_rate(num_classes, rate)
   return (1 - rate) * np.eye(num_classes) + rate / num_classes
 
 
@@ -210,7 +210,7 @@ def pair_matrix(num_classes: int, rate: float, pairs: Mapping[int, int]) -> np.n
     Patel, Sastry, "Adaptive Sample Selection for Robust Learning under Label
     Noise" (BARE), WACV 2023: class-conditional noise.
   """
-  _check_matrix(num_classes, rate)
+  rate = _checked_rate(num_classes, rate)
   matrix = np.eye(num_classes)
   for true, wrong in pairs.items():
     if true == wrong or not {true, wrong} <= set(range(num_classes)):
@@ -252,7 +252,7 @@ def flip_matrix(
   References:
     Shu et al., "Meta-Weight-Net" (NeurIPS 2019), released code: flip noise.
   """
-  _check_matrix(num_classes, rate)
+  rate = _checked_rate(num_classes, rate)
   base.check_integer("num_targets", num_targets)
   if num_targets >= num_classes:
     raise base.InputError(
@@ -338,9 +338,11 @@ def _check_variant(variant: str, num_classes: int) -> None:
   base.check_integer("num_classes", num_classes, 2)
 
 
-def _check_matrix(num_classes: int, rate: float) -> None:
+def _checked_rate(num_classes: int, rate: float) -> float:
+  """`rate` as a number of Python: others would determine the type of the matrix."""
   _check_variant(VARIANTS[0], num_classes)
   check_share("rate", rate)
+  return float(rate)
 
 
 def check_share(name: str, share: float) -> None:

@@ -55,6 +55,8 @@ def class_sizes(
     raise base.InputError(f"imbalance must be a number of at least 1; got {imbalance}")
   if num_classes < 2:
     raise base.InputError(f"num_classes must be at least 2; got {num_classes}")
+  # Products with NumPy scalars in half precision would overflow.
+  num_most, imbalance = int(num_most), float(imbalance)
   classes = np.arange(num_classes)
   if shape == "exponential":
     shares = imbalance ** -(classes / (num_classes - 1))

@@ -475,7 +475,9 @@ def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method
     )
 
   # 1 / (1 / 49) is slightly more than 49.
-  return _method(init, refresh, refresh_every or math.ceil((1 - 1e-9) / fraction))
+  return _method(
+    init, refresh, refresh_every or math.ceil((1 - 1e-9) / float(fraction))
+  )
 
 
 def _method(init, refresh, num_passes):
@@ -499,7 +501,7 @@ def _method(init, refresh, num_passes):
 
 def subset_size(fraction: float, num_examples: int) -> int:
   """r, the size of the subset: the fraction of N, rounded, at least 1."""
-  return max(1, round(fraction * num_examples))
+  return max(1, round(float(fraction) * num_examples))
 
 
 def check_fraction(where: str, fraction: float) -> None:

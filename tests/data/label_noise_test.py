@@ -2,6 +2,7 @@
 
 import hypothesis
 from hypothesis import strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -307,6 +308,25 @@ def test_resample_accepts_rows_that_are_rounded():
   exact = label_noise.symmetric_matrix(10, 0.4)
   expected = label_noise.resample(balanced(10, 5), exact, rng=np.random.default_rng(0))
   np.testing.assert_array_equal(noisy, expected)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, jnp.float32, jnp.bfloat16])
+def test_a_rate_of_any_type_gives_a_matrix_in_float64(kind):
+  # A matrix in half precision has rows that do not sum to 1, and a JAX array cannot be
+  # changed in place.
+  rate, rng = kind(0.4), np.random.default_rng
+  for make in (
+    label_noise.symmetric_matrix,
+    label_noise.uniform_matrix,
+    lambda classes, rate: label_noise.pair_matrix(classes, rate, {1: 2}),
+    lambda classes, rate: label_noise.flip_matrix(
+      classes, rate, num_targets=2, rng=rng(0)
+    ),
+  ):
+    matrix = make(10, rate)
+    assert isinstance(matrix, np.ndarray) and matrix.dtype == np.float64
+    np.testing.assert_array_equal(matrix, make(10, float(rate)))
+    label_noise.resample(np.arange(10), matrix, rng=rng(0))
 
 
 def test_a_fraction_may_be_in_half_precision():

@@ -90,6 +90,16 @@ def test_size_of_the_last_class_is_exact(factor):
       assert (np.diff(sizes) <= 0).all()
 
 
+@pytest.mark.parametrize("shape", long_tail.SHAPES)
+def test_sizes_for_numbers_of_numpy(shape):
+  # In half precision, 70,000 is infinite; as an integer, that was -2^63 images.
+  for kind in (np.float16, np.float32, np.int64, np.uint8):
+    sizes = long_tail.class_sizes(shape, np.int32(70_000), 4, kind(100))
+    expected = long_tail.class_sizes(shape, 70_000, 4, 100.0)
+    np.testing.assert_array_equal(sizes, expected)
+  assert expected.tolist()[::3] == [70_000, 700]
+
+
 def test_rarest_class_limits_the_size_of_class_0():
   # MNIST has 5,421 fives; ten images of each class are meta images.
   mnist = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]

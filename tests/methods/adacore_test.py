@@ -453,3 +453,8 @@ def test_the_curvature_needs_a_probe():
     base.InputError, match="num_probes=0 must be an integer of at least 1"
   ):
     adacore.hessian_diagonal(jax.random.key(0), jnp.sum, jnp.ones(2), num_probes=0)
+
+
+def test_the_fraction_of_a_subset_may_be_in_half_precision():
+  # In half precision, 12,500 of 100,000 examples were an infinite number.
+  assert adacore.subset_size(np.float16(0.125), 100_000) == 12_500

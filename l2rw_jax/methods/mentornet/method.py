@@ -342,7 +342,7 @@ def preset(name: str, noise_fraction: float) -> dict[str, Any]:
   percentiles, burn_in, is_fixed, dropout = PRESETS[name]
   # The differences are rounded, because 0.6 - 0.4 and 0.8 - 0.6 differ in floating
   # point.
-  gaps = [round(abs(noise_fraction - level), 6) for level in (0.2, 0.4, 0.8)]
+  gaps = [round(abs(float(noise_fraction) - level), 6) for level in (0.2, 0.4, 0.8)]
   return {
     "percentile": percentiles[gaps.index(min(gaps))],
     "decay": 0.5,
