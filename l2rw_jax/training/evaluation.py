@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,17 +39,44 @@ class Predictions(NamedTuple):
     """Whether each predicted class is the label, bool, of the same shape.
 
     Raises:
-      InputError: there is not one prediction for each label, or an array is masked.
+      InputError: there is no example or not one prediction for each label, labels,
+        predictions or groups are not whole numbers, there is not one group for each
+        example, or an array is masked.
     """
     for name in ("labels", "predicted", "losses", "groups"):
       base.refuse_mask(f"the {name} of predictions", getattr(self, name))
+    for name in ("labels", "predicted", "groups"):
+      _check_whole(name, getattr(self, name))
     shapes = np.shape(self.predicted), np.shape(self.labels)
     if shapes[0] != shapes[1]:  # NumPy could compare each with all others.
       raise base.InputError(
         f"predictions of shape {list(shapes[0])} do not match labels of shape"
         f" {list(shapes[1])}; give one label for each prediction."
       )
-    return self.predicted == self.labels
+    if not np.size(self.labels):
+      raise base.InputError("there are no examples to measure: give some.")
+    if self.groups is not None and np.shape(self.groups)[:1] != shapes[1][:1]:
+      raise base.InputError(
+        f"groups of shape {list(np.shape(self.groups))} do not match labels of shape"
+        f" {list(shapes[1])}; give one group for each example."
+      )
+    return np.equal(self.predicted, self.labels)
+
+
+def _check_whole(name: str, values: Any) -> None:
+  """Raises InputError unless the values are whole numbers, or None.
+
+  Groups of 0.2 and 0.7 would become one group, and a string is equal to no number.
+  """
+  values = np.asarray(values if values is not None else 0)
+  is_whole = values.dtype.kind in "biu" or (
+    values.dtype.kind == "f" and bool((values == np.rint(values)).all())
+  )
+  if not is_whole:
+    raise base.InputError(
+      f"the {name} of predictions must be integers; got {values.dtype}. Number the"
+      " classes and the groups from 0."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,19 +177,22 @@ def accuracy(predictions: Predictions) -> dict[str, float]:
   """Share of correctly classified examples, and the mean loss.
 
   Raises:
-    InputError: there is not one prediction for each label.
+    InputError: the predictions are invalid, see `Predictions.right`.
   """
   right = predictions.right()
   # NumPy sums bfloat16 in bfloat16, where adding 1 to 256 changes nothing.
-  loss = predictions.losses.mean(dtype=np.float64)
+  loss = np.mean(predictions.losses, dtype=np.float64)
   return {"accuracy": float(right.mean()), "loss": float(loss)}
 
 
 def per_class_accuracy(predictions: Predictions) -> dict[str, float]:
   """Accuracy of each true class, and their mean (balanced accuracy).
 
+  Classes without examples are ignored.
+
   Raises:
-    InputError: there is not one prediction for each label.
+    InputError: no example has a label from 0 to C - 1, or the predictions are invalid,
+      see `Predictions.right`.
   """
   right = predictions.right()
   rates = _rates(right, predictions.labels)
@@ -171,6 +201,11 @@ def per_class_accuracy(predictions: Predictions) -> dict[str, float]:
     for c, rate in rates.items()
     if 0 <= c < predictions.num_classes
   }
+  if not by_class:
+    raise base.InputError(
+      f"per_class_accuracy: no label is a class from 0 to {predictions.num_classes - 1}"
+      f"; the first is {next(iter(rates))}."
+    )
   return {**by_class, "balanced_accuracy": float(np.mean(list(by_class.values())))}
 
 
@@ -282,12 +317,11 @@ def equal_opportunity(predictions: Predictions) -> dict[str, float]:
   are 0. If an example has several labels, all of them are in its group.
 
   Raises:
-    InputError: there are no examples, or there is not one prediction for each label.
+    InputError: the predictions are invalid, see `Predictions.right`.
   """
-  if not len(predictions.labels):
-    raise base.InputError("equal_opportunity: there are no examples.")
-  labels, groups = predictions.labels, predictions.groups
   right = predictions.right()
+  labels = np.asarray(predictions.labels)
+  groups = None if predictions.groups is None else np.asarray(predictions.groups)
   if groups is None or np.array_equal(groups, labels):
     rates = _rates(right, labels)
     return {**_gap_summary([rates]), "worst_group_accuracy": min(rates.values())}

@@ -53,6 +53,52 @@ def test_equal_opportunity_of_examples_with_several_labels():
   assert actual == evaluation.equal_opportunity(flat)
 
 
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    # The groups 0.2 and 0.7 were one group, and its accuracy that of the last one.
+    ({"groups": np.array([0.2, 0.7, 0.2])}, "groups of predictions must be integers"),
+    ({"labels": np.array([0, 0.5, 1])}, "the labels of predictions must be integers"),
+    ({"labels": np.array(["0", "1", "1"])}, "labels of predictions must be integers"),
+    ({"predicted": np.array([0, 1, np.nan])}, "predicted of predictions must be int"),
+    ({"groups": np.array([0, 1])}, r"groups of shape \[2\] do not match labels"),
+    ({"labels": np.zeros(0), "predicted": np.zeros(0)}, "there are no examples"),
+  ],
+)
+@pytest.mark.parametrize(
+  "evaluator",
+  [evaluation.accuracy, evaluation.per_class_accuracy, evaluation.equal_opportunity],
+)
+def test_invalid_predictions_are_refused(evaluator, changed, message):
+  labels = np.array([0, 1, 1])
+  predictions = evaluation.Predictions(labels, labels, np.ones(3), 2, np.arange(3))
+  evaluator(predictions)
+  with pytest.raises(base.InputError, match=message):
+    evaluator(predictions._replace(**changed))
+
+
+def test_predictions_may_be_lists_booleans_and_whole_floats():
+  labels, predicted = [True, False, True], [1.0, 1.0, 1.0]
+  predictions = evaluation.Predictions(labels, predicted, [0.5, 1.0, 1.5], 2, [0, 0, 1])
+  assert evaluation.accuracy(predictions) == {"accuracy": 2 / 3, "loss": 1.0}
+  by_class = evaluation.per_class_accuracy(predictions)
+  assert by_class == {
+    "accuracy_class_0": 0,
+    "accuracy_class_1": 1,
+    "balanced_accuracy": 0.5,
+  }
+  assert evaluation.equal_opportunity(predictions)["worst_group_accuracy"] == 0.5
+
+
+def test_balanced_accuracy_needs_an_example_of_a_class():
+  predictions = evaluation.Predictions(
+    np.array([7, 8]), np.array([0, 1]), np.ones(2), 2
+  )
+  message = "no label is a class from 0 to 1; the first is 7"
+  with pytest.raises(base.InputError, match=message):
+    evaluation.per_class_accuracy(predictions)
+
+
 def test_the_mean_of_losses_in_bfloat16_is_accurate():
   # A sum in bfloat16 stops at 256.
   losses = np.asarray(jnp.ones(1000, jnp.bfloat16))
