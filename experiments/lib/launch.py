@@ -110,7 +110,11 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
     path, why = getattr(reason, "filename", None), getattr(reason, "strerror", None)
     raise base.InputError(f"--flagfile={path}: {why or error}") from None
   if any(values[name].value for name in _HELP):
-    _print_help(settings, values)
+    try:
+      _print_help(settings, values)
+      sys.stdout.flush()
+    except BrokenPipeError:  # Of `--help | head`, which has read enough.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)  # Every absl program exits with this status after --help.
   if rest:
     raise base.InputError(f"unexpected argument {rest[0]!r}: flags begin with --.")

@@ -1,5 +1,6 @@
 """Errors of files, and whether freed memory stays with the process."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -58,3 +59,14 @@ def test_large_blocks_stay_with_the_process():
   # small ones.
   assert faults[0] < 8
   assert faults[1] >= 32
+
+
+def test_help_for_a_closed_pipe_prints_no_error(monkeypatch, capsys):
+  reader, writer = os.pipe()
+  os.close(reader)
+  with os.fdopen(writer, "w") as pipe:
+    monkeypatch.setattr(sys, "stdout", pipe)
+    with pytest.raises(SystemExit) as ended:
+      launch.execute(registries.Settings, lambda *_: None, "name", ["--help"])
+    assert ended.value.code == 1
+  assert not capsys.readouterr().err
