@@ -14,7 +14,7 @@ from experiments.tables import table as table_lib
 _MAX_METRICS = 6
 LONG_FORM = (
   *("experiment", "setting", "method", "metric", "mean", "half_width", "repeats"),
-  *("published", "published_spread", "difference"),
+  *("published", "published_spread", "difference", "chosen_by_test_accuracy"),
 )
 
 
@@ -93,7 +93,11 @@ def _compact(table):
 
 
 def long_form(tables: Sequence[table_lib.Table]) -> str:
-  """CSV with a line per experiment, setting, method and metric."""
+  """CSV with a line per experiment, setting, method and metric.
+
+  The last column names the setting that was chosen by test accuracy, if there is one:
+  the rows that have † in the other forms.
+  """
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   writer.writerow(LONG_FORM)
@@ -110,6 +114,7 @@ def long_form(tables: Sequence[table_lib.Table]) -> str:
           [_text(t) for t in (table.name, setting, line.method, value.metric.heading)]
           + [_digits(measured.mean), _digits(half_width), measured.repeats]
           + [_digits(n) for n in (value.published, value.spread, value.difference)]
+          + [table.tuned(line.method) or ""]
         )
   return text.getvalue()
 

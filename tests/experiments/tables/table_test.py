@@ -70,6 +70,12 @@ def test_methods_that_were_tuned_on_the_test_set_are_marked():
       assert f"| {method} †" in text
     one = form(table._replace(tuned_on_test=tuned[:1]))
     assert "| bare † " in one and one.count("†") == 2
+  text = formats.long_form([table._replace(tuned_on_test=tuned[:1])])
+  chosen = {
+    (line["method"], line["chosen_by_test_accuracy"])
+    for line in csv.DictReader(io.StringIO(text))
+  }
+  assert chosen == {("l2rw", ""), ("bare", "its rate"), ("advisor", "")}
 
 
 def test_summary_has_measured_and_published_values():
