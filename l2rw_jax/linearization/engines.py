@@ -348,15 +348,16 @@ def _without_surrogates(outputs_and_aux, leaves):
   treedef = jax.tree.structure(shapes)
   return (
     lambda leaves: jax.tree.unflatten(treedef, flat_outputs_of(leaves)),
-    _largest_epsilon(closed.jaxpr),
+    largest_epsilon(closed.jaxpr),
   )
 
 
-def _largest_epsilon(jaxpr, flags=None):
+def largest_epsilon(jaxpr, flags=None):
   """The largest machine epsilon of the types in which a function computes.
 
-  Values that depend on no parameter, such as the data, are ignored. `flags` says which
-  inputs depend on a parameter; None means all.
+  Args:
+    jaxpr: the function.
+    flags: for each input, whether values that are computed from it matter; None is all.
   """
   flags = [True] * len(jaxpr.invars) if flags is None else flags
   depends = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
@@ -369,7 +370,7 @@ def _largest_epsilon(jaxpr, flags=None):
     for inner in jax_core.jaxprs_in_params(eqn.params):
       inner = getattr(inner, "jaxpr", inner)
       is_same = len(inner.invars) == len(given)
-      epsilons.append(_largest_epsilon(inner, given if is_same else None))
+      epsilons.append(largest_epsilon(inner, given if is_same else None))
   types = {x.aval.dtype for x in depends if hasattr(x.aval, "dtype")}
   epsilons += [float(jnp.finfo(t).eps) for t in types if jnp.issubdtype(t, jnp.inexact)]
   return max(epsilons)

@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.linearization import engines
 from l2rw_jax.linearization import ghost_products
 from l2rw_jax.linearization import microbatching
 from l2rw_jax.linearization import parameter_uses
@@ -378,7 +379,8 @@ def _map(
       return carry, (results, gradients.losses)
 
     carry, (results, alone) = microbatching.scan(vmap_step, carry, rows, size)
-    carry, results = _checked(carry, results, losses, alone)
+    epsilon = _epsilon(call, leaves, batch, losses)
+    carry, results = _checked(carry, results, losses, alone, epsilon)
     return carry, results, _info(losses, aux, "vmap")
 
   microbatching.num_rows(batch)
@@ -405,7 +407,8 @@ def _map(
     microbatch_step, carry, batch, microbatch_size
   )
   if "vmap" in names:
-    carry, results = _checked(carry, results, losses, alone)
+    epsilon = _epsilon(call, leaves, batch, losses)
+    carry, results = _checked(carry, results, losses, alone, epsilon)
   name = "layerwise" if "layerwise" in names else "vmap"
   return carry, results, _info(losses, aux, name)
 
@@ -503,16 +506,31 @@ def _form(call, leaves, rows, merge):
   return _Formed(*jax.vmap(loss_and_gradient)(rows))
 
 
-def _checked(carry, results, losses, alone):
-  """Raises InputError if losses change with the batch, or returns NaN under `jit`."""
-  epsilon = float(jnp.finfo(losses.dtype).eps)
+def _epsilon(call, leaves, batch, losses):
+  """The largest machine epsilon of the types from which the losses are computed."""
+  rows, merge = _split_rows(batch, losses.shape[0])
+  closed = jax.make_jaxpr(lambda leaves, rows: call(leaves, merge(rows))[0])(
+    leaves, rows
+  )
+  return engines.largest_epsilon(closed.jaxpr)
+
+
+def _checked(carry, results, losses, alone, epsilon):
+  """Raises InputError if losses change with the batch, or returns NaN under `jit`.
+
+  `epsilon` is that of the least precise intermediate result: a network in bfloat16 may
+  return losses in float32, which are rounded differently for one example than for many.
+  """
+  if losses.shape[0] == 1:  # There is no other example.
+    return carry, results
   # Losses that are NaN or infinite cannot be compared.
   is_finite = jnp.isfinite(losses) & jnp.isfinite(alone)
   sizes = jnp.maximum(jnp.abs(losses), jnp.abs(alone))
   largest = jnp.max(jnp.where(is_finite, sizes, jnp.zeros_like(sizes)))
   # All losses may be small, as those of a good network are. The second term is the
   # rounding error of a small loss that is the difference of numbers near 200.
-  tolerance = epsilon**0.5 * largest + 200 * epsilon
+  smallest = 200 * float(jnp.finfo(losses.dtype).eps)
+  tolerance = epsilon**0.5 * largest + smallest
   same = jnp.all((jnp.abs(losses - alone) <= tolerance) | ~is_finite)
   if not isinstance(same, jax.core.Tracer):
     if not same:

@@ -280,6 +280,34 @@ def _normalized(params, x):
   return jnp.sum((x @ params - (x @ params).mean(0, keepdims=True)) ** 2, 1)
 
 
+@pytest.mark.parametrize("size", [1, 7])
+def test_half_precision_inside_a_network_is_no_dependence_on_other_examples(size):
+  # The network computes in bfloat16 and returns losses in float32. Its rounding errors
+  # differ between one example and a batch, and the results were NaN.
+  rng = np.random.default_rng(0)
+  shapes = {"w": (4, 6), "b": (1, 6), "v": (6, 3)}
+  params = {k: jnp.array(rng.normal(size=s), jnp.bfloat16) for k, s in shapes.items()}
+  batch = jnp.array(rng.normal(size=(size, 4)), jnp.float32)
+
+  def losses_fn(params, x):
+    hidden = jnp.tanh(x.astype(jnp.bfloat16) @ params["w"] + params["b"])
+    logits = (hidden @ params["v"]).astype(jnp.float32)
+    return -jax.nn.log_softmax(logits)[:, 0]
+
+  def mixing(params, x):
+    return losses_fn(params, x - x.mean(axis=0, keepdims=True))
+
+  norms = jax.jit(lambda x: per_example.norms(losses_fn, params, x, engine="vmap")[0])
+  of_one = jax.grad(lambda p, x: losses_fn(p, x[None])[0])
+  gradients = jax.jit(jax.vmap(of_one, (None, 0)))(params, batch)
+  squares = [np.square(np.asarray(g, np.float64)) for g in gradients.values()]
+  lengths = np.sqrt(sum(x.sum(axis=(1, 2)) for x in squares))
+  np.testing.assert_allclose(norms(batch), lengths, rtol=2e-2)
+  if size > 1:
+    with pytest.raises(base.InputError, match="changes with the other examples"):
+      per_example.norms(mixing, params, batch, engine="vmap")
+
+
 def test_losses_that_depend_on_other_examples_are_refused():
   params, x = jnp.ones((4, 2)), jnp.asarray(_normal(_B, 4), jnp.float32)
   with pytest.raises(base.InputError, match="changes with the other examples"):
