@@ -1203,6 +1203,7 @@ _OTHER_FUNCTIONS = {
   "losses.label_scale": _INSIDE,
   "losses.logits_of": _INSIDE,
   "losses.transition_loss": _INSIDE,
+  "linearization.largest_epsilon": _INSIDE,
   "memory_plans.choose": _HOST,
   "memory_plans.l2rw_plans": _HOST,
   "memory_plans.meta_weight_net_plans": _HOST,
