@@ -38,8 +38,12 @@ def draw(tables: Sequence[table_lib.Table], path: pathlib.Path) -> bool:
 
   A dot is a measured value, and a diamond is a published one.
 
+  Args:
+    tables: the tables.
+    path: the PNG file.
+
   Returns:
-    Whether there was a published value, with a measured one, to draw.
+    Whether a file was written. It is not if no published value has a measured one.
   """
   panels = [p for table in tables for p in _panels(table)]
   if not panels:

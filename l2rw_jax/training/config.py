@@ -141,8 +141,6 @@ def check(
 ) -> None:
   """Raises InputError unless `loop.train` accepts these arguments.
 
-  A warning is logged if only some parts of the data have groups.
-
   Args:
     config: the settings.
     method: the method of all runs.

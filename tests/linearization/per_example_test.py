@@ -469,7 +469,7 @@ def test_extreme_norms_clip_all_or_nothing(max_norm):
   np.testing.assert_allclose(grads, [0, 0] if max_norm < 1 else [1, 2])
 
 
-def test_a_norm_that_is_no_number_is_refused():
+def test_a_norm_that_is_not_a_number_is_refused():
   with pytest.raises(base.InputError, match="max_norm=None"):
     per_example.clipped_gradient(lambda p, x: x @ p, jnp.ones(2), jnp.eye(2), None)
 

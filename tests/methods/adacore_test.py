@@ -35,7 +35,7 @@ def test_proxies_refuse_labels_that_would_broadcast(labels):
     adacore.gradient_proxies(_LOGITS, labels)
 
 
-def test_proxies_are_the_gradient_in_the_logits():
+def test_proxies_are_the_gradient_with_respect_to_the_logits():
   expected = jax.jit(jax.grad(lambda z: _losses(z).sum()))(_LOGITS)
   result = adacore.gradient_proxies(_LOGITS, _LABELS)
   np.testing.assert_allclose(result, expected, atol=1e-6)
@@ -45,7 +45,7 @@ def test_proxies_are_the_gradient_in_the_logits():
   np.testing.assert_allclose(extreme, [[0, 0], [-1, 1]])
 
 
-def test_proxies_of_a_single_logit_are_the_gradient_in_it():
+def test_proxies_of_a_single_logit_are_the_gradient_of_its_loss():
   logits, labels = jnp.array([[0.5], [-1.0], [2.0]]), jnp.array([1, 0, 2])
   gradient = jax.jit(jax.grad(lambda z: losses.sigmoid_cross_entropy(z, labels).sum()))
   result = adacore.gradient_proxies(logits, labels)
@@ -108,7 +108,7 @@ def test_one_probe_is_exact_for_a_diagonal_hessian_of_any_pytree():
   chex.assert_trees_all_close(result, scales)
 
 
-def test_proxies_of_labels_that_are_no_class_are_nan():
+def test_proxies_of_labels_out_of_range_are_nan():
   result = adacore.gradient_proxies(jnp.zeros((3, 4)), jnp.array([-1, 0, 4]))
   np.testing.assert_array_equal(np.isnan(result).all(axis=1), [True, False, True])
 

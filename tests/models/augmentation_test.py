@@ -193,7 +193,7 @@ def test_flips_need_a_key_for_each_image():
     augmentation.random_flip(jnp.zeros((4, 2, 2, 1)), keys(1))
 
 
-def test_bools_are_no_pixels():
+def test_bools_are_not_pixels():
   with pytest.raises(base.InputError, match="pixels must be numbers, not bools"):
     augmentation.to_float(np.ones((1, 2, 2, 1), bool))
 

@@ -243,7 +243,7 @@ def test_uint8_images_train_like_floats_in_a_quarter_of_the_memory(tmp_path):
   assert sizes == {np.uint8: [200 * 25, 20 * 25], np.float32: [800 * 25, 80 * 25]}
 
 
-def test_labels_that_are_no_numbers_raise(tmp_path):
+def test_labels_that_are_not_numbers_raise(tmp_path):
   splits = toy_runs.make_splits()
   words = splits.train._replace(label=splits.train.label.astype(str))
   with pytest.raises(
@@ -297,7 +297,7 @@ def test_finished_run_frees_the_devices(tmp_path, monkeypatch):
     (np.arange(16).reshape(2, 8), r"int64 \[2, 8\]"),
   ],
 )
-def test_sample_that_is_no_list_of_rows_raises(tmp_path, rows, what):
+def test_sample_that_is_not_a_list_of_rows_raises(tmp_path, rows, what):
   method = baselines.uniform()._replace(sample=lambda *_: rows)
   with pytest.raises(
     base.InputError, match=f"`sample` returned {what}; it must return"

@@ -42,7 +42,7 @@ def list_images(
 
   Raises:
     InputError: the folder or the CSV file cannot be read or has an unsupported layout,
-      or no image is in a folder of a class or in the CSV file.
+      or no image is in a class folder or in the CSV file.
   """
   if not folder.is_dir():
     raise base.InputError(f"{folder} is not a folder of images")
@@ -74,7 +74,7 @@ def list_images(
 
 
 def _is_of_train(folder: pathlib.Path, listing: pathlib.Path) -> bool:
-  """Whether a list, such as an exported one, has paths in folder/train, not folder."""
+  """Whether the paths of a list are relative to folder/train, as in an exported one."""
   cells = [cell for row in csv_files.read_rows(listing)[:20] for cell in row]
   in_folder, in_train = (
     any(_file_within(place, cell) for cell in cells)
@@ -110,7 +110,7 @@ def _in_classes(
   for path in _walk(folder):
     inside = path.relative_to(folder)
     if len(inside.parts) < 2:
-      skipped.append((inside.as_posix(), "it is not in a folder of a class"))
+      skipped.append((inside.as_posix(), "it is not in a class folder"))
     elif path.suffix.lower() not in image_files.SUFFIXES:
       skipped.append(
         (inside.as_posix(), f"{path.suffix or 'it'} is not an image format")
@@ -156,8 +156,8 @@ def _listed_columns(
       f" {', '.join(csv_files.LABEL_COLUMNS)}"
     )
   if len(names) > 2:
-    column = repr(names[label_at]) if is_header else "number 2"
-    notes.append(f"The labels are the column {column} of {listing.name}.")
+    column = f"the column {names[label_at]!r}" if is_header else "the second column"
+    notes.append(f"The labels are {column} of {listing.name}.")
   return path_at, label_at, is_header
 
 

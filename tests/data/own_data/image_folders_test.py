@@ -35,7 +35,7 @@ def test_what_cannot_be_read_is_listed_and_skipped(folder):
   data = own_data.read(f"images:{folder}")
   reasons = dict(data.skipped)
   assert len(data.labels) == 20
-  assert reasons.pop("outside.png") == "it is not in a folder of a class"
+  assert reasons.pop("outside.png") == "it is not in a class folder"
   assert reasons.pop("dog/notes.txt") == ".txt is not an image format"
   for name in ("dog/text.jpg", "dog/empty.png"):
     assert reasons.pop(name) == "it is not an image"
@@ -170,7 +170,7 @@ def test_a_list_whose_columns_are_not_known(folder):
   assert data.form.class_names == ("n", "y") and len(data.labels) == 6
   path.write_text("".join(f"cat/{i}.png,{'yn'[i % 2]},x\n" for i in range(6)))
   data = own_data.read(f"images:{folder}", labels=path)
-  assert data.notes == ("The labels are the column number 2 of list.csv.",)
+  assert data.notes == ("The labels are the second column of list.csv.",)
 
 
 def test_links_out_of_the_folder_may_be_listed(folder, tmp_path):
