@@ -112,7 +112,10 @@ def test_every_row_names_its_origin(path):
     # The same, for each of five numbers of clean images.
     (
       "clean_examples",
-      ["clean_only", "early_stopped", "fine_tuning", "l2rw"],
+      [
+        *("clean_only", "early_stopped", "fine_tuning", "l2rw"),
+        *("l2rw_fine_tuning", "meta_weight_net"),
+      ],
       5 * 6 * 5,
     ),
     ("mnist_imbalance", ["uniform", "class_proportion", "hard_mining", "l2rw"], 3),
