@@ -118,7 +118,14 @@ def test_every_row_names_its_origin(path):
       ],
       5 * 6 * 5,
     ),
-    ("mnist_imbalance", ["uniform", "class_proportion", "hard_mining", "l2rw"], 3),
+    (
+      "mnist_imbalance",
+      [
+        *("uniform", "class_proportion", "hard_mining", "l2rw"),
+        *("clean_only", "early_stopped", "fine_tuning"),
+      ],
+      3,
+    ),
     (
       "mnist_noise",
       ["uniform", "clean_only", "early_stopped", "fine_tuning", "l2rw", "warpi"],
