@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from experiments.lib import figures
+from experiments.lib import held_out
 from experiments.lib import launch
 from experiments.lib import optimizers
 from experiments.lib import registries
@@ -146,7 +147,11 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(
-  registries.Settings, trusted.Settings, optimizers.Settings, runner.Settings
+  registries.Settings,
+  trusted.Settings,
+  held_out.Settings,
+  optimizers.Settings,
+  runner.Settings,
 ):
   """The flags of this script."""
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from experiments.lib import figures
+from experiments.lib import held_out
 from experiments.lib import launch
 from experiments.lib import optimizers
 from experiments.lib import registries
@@ -62,7 +63,7 @@ MEASURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(runner.Settings):
+class Settings(held_out.Settings, runner.Settings):
   """The flags of this script."""
 
   EXTENDABLE = ("methods", "num_seeds", "condense", "condense_by")

@@ -21,6 +21,7 @@ import functools
 from typing import Any
 
 from experiments.lib import figures
+from experiments.lib import held_out
 from experiments.lib import launch
 from experiments.lib import optimizers
 from experiments.lib import registries
@@ -121,7 +122,11 @@ PIXELS = {"unit": None, "raw": augmentation.Preprocess(std=(1 / 255,))}
 
 @dataclasses.dataclass(frozen=True)
 class Settings(
-  registries.Settings, trusted.Settings, optimizers.Settings, runner.Settings
+  registries.Settings,
+  trusted.Settings,
+  held_out.Settings,
+  optimizers.Settings,
+  runner.Settings,
 ):
   """The flags of this script."""
 

@@ -75,7 +75,7 @@ def panels(
       for method, chosen in report.grouped(here, "method").items():
         draw_method(ax, methods.index(method), chosen)
       ax.set_title(plain(title(*setting)), fontsize=10)
-      ax.set_xlabel("test accuracy (%), last step")
+      ax.set_xlabel(f"{rows[0].get('evaluate_on', 'test')} accuracy (%), last step")
     axes[0, 0].set_yticks(range(len(methods)), methods)
     axes[0, 0].invert_yaxis()
     add_legend_entries(axes[0, -1])

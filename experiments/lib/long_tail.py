@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.lib import figures
+from experiments.lib import held_out
 from experiments.lib import optimizers
 from experiments.lib import registries
 from experiments.lib import runner
@@ -33,7 +34,11 @@ _COLORS = {"many_percent": "C2", "medium_percent": "C1", "few_percent": "C3"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings(
-  registries.LongTailSettings, trusted.Settings, optimizers.Settings, runner.Settings
+  registries.LongTailSettings,
+  trusted.Settings,
+  held_out.Settings,
+  optimizers.Settings,
+  runner.Settings,
 ):
   """The flags of both scripts, which set different values of `UNSET`."""
 

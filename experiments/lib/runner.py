@@ -367,6 +367,7 @@ def row(
 ) -> dict[str, Any]:
   """A run's row in `results.csv`; `facts` are its first columns."""
   metrics, optimizer = result.metrics, {}
+  part = getattr(settings, "evaluate_on", "test")
   if isinstance(cell.optimizer, optimizers.OptimizerConfig):
     optimizer = dataclasses.asdict(cell.optimizer)
     drops = (f"{share:g}:{factor:g}" for share, factor in optimizer["drops"])
@@ -383,6 +384,7 @@ def row(
     "batch_size": cell.config.batch_size,
     **optimizer,
     **settings.probe_columns(metrics),
+    **({"evaluate_on": part} if part != "test" else {}),
     **report_lib.run_fields(metrics),
   }
 

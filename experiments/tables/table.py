@@ -73,6 +73,14 @@ class Layout:
   identity: Callable[[Row], Any] = lambda row: row.get("seed")
   divided_by: tuple[str, ...] = ()
 
+  def on_validation(self) -> "Layout":
+    """The layout for results on validation images instead of the test set."""
+    metrics = (
+      dataclasses.replace(one, heading=re.sub(r"\btest\b", "validation", one.heading))
+      for one in self.metrics
+    )
+    return dataclasses.replace(self, metrics=tuple(metrics))
+
 
 # Metrics of the experiments with wrong labels.
 NOISE_METRICS = (
@@ -193,6 +201,8 @@ def make(section: Section) -> Table:
       differ.
   """
   layout = section.layout
+  if section.flags.get("evaluate_on") == "validation":
+    layout = layout.on_validation()
   if not section.rows:
     raise base.InputError(f"{section.name}: no rows; run its script again.")
   groups: dict[tuple, list[Row]] = {}

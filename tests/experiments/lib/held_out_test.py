@@ -1,0 +1,88 @@
+"""Tests of the validation images of scripts."""
+
+import numpy as np
+import pytest
+
+from experiments import mnist_long_tail
+from experiments import mnist_noise
+from experiments.lib import held_out
+from experiments.lib import runner
+from l2rw_jax import base
+from l2rw_jax.data import sources
+
+
+def _settings(**flags):
+  return mnist_noise.Settings(dataset="digits", **flags)
+
+
+def test_validation_images_are_a_tenth_of_each_class_of_the_training_images():
+  whole = _settings().load("train")
+  settings = _settings(evaluate_on="validation")
+  rest, validation = settings.load("train"), settings.load("test")
+  counts = np.bincount(whole.labels, minlength=10)
+  np.testing.assert_array_equal(np.bincount(validation.labels), counts // 10)
+  assert len(rest.labels) + len(validation.labels) == len(whole.labels)
+  # All digits are different images, so the parts are disjoint if they are complete.
+  images = np.concatenate([rest.images, validation.images]).reshape(
+    len(whole.labels), -1
+  )
+  labels = np.concatenate([rest.labels, validation.labels])
+  expected = whole.images.reshape(len(whole.labels), -1)
+  assert sorted(map(bytes, np.column_stack([images, labels]))) == sorted(
+    map(bytes, np.column_stack([expected, whole.labels]))
+  )
+
+
+def test_the_test_set_is_not_read():
+  digits, names = sources.load("digits", "test"), {}
+  for part in ("train", "test"):
+    names[part] = _settings(evaluate_on="validation").load(part)
+  tests = {bytes(image) for image in digits.images}
+  for part in names.values():
+    assert not tests.intersection(map(bytes, part.images))
+
+
+def test_the_rows_do_not_depend_on_the_order_of_calls_and_are_the_same_for_all_seeds():
+  first, second = (_settings(evaluate_on="validation") for _ in range(2))
+  second.load("test")
+  np.testing.assert_array_equal(first.load("train").images, second.load("train").images)
+  assert first.load("train") is first.load("train")
+
+
+def test_small_classes_keep_all_their_images():
+  labels = np.array([0] * 25 + [1] * 9 + [2] * 10)
+  rows = held_out.validation_rows(labels, 4)
+  np.testing.assert_array_equal(np.bincount(labels[rows], minlength=4), [2, 0, 1, 0])
+
+
+def test_a_set_without_validation_images_is_refused(monkeypatch):
+  digits = sources.load("digits", "train")
+  few = runner.first_images(digits, 9)
+  monkeypatch.setattr("experiments.lib.settings._load", lambda *_, **__: few)
+  with pytest.raises(base.InputError, match="--evaluate_on=validation: no class of"):
+    _settings(evaluate_on="validation").load("test")
+
+
+def test_the_default_is_not_recorded():
+  # Folders that older versions have written can be continued.
+  assert "evaluate_on" not in _settings().record()
+  assert _settings(evaluate_on="validation").record()["evaluate_on"] == "validation"
+
+
+def test_results_say_that_they_are_for_validation_images(tmp_path, capsys):
+  settings = mnist_long_tail.Settings(
+    dataset="digits",
+    imbalance=(10.0,),
+    methods=("uniform",),
+    num_epochs=1,
+    num_seeds=1,
+    evaluate_on="validation",
+  )
+  (row,) = mnist_long_tail.run(settings, tmp_path)
+  assert row["evaluate_on"] == "validation"
+  # A validation set of 126 images and no other set gives such accuracies.
+  correct = row["accuracy_percent"] / 100 * len(settings.load("test").labels)
+  assert correct == pytest.approx(round(correct), abs=1e-4)
+  printed = capsys.readouterr().out
+  assert "validation accuracy %" in printed
+  assert "test accuracy" not in printed
