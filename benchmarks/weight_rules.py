@@ -64,15 +64,11 @@ def _tempered(temperature: float) -> Callable[[base.Array], base.Array]:
   return weights
 
 
-def _mask(scores: base.Array) -> base.Array:
-  return normalization.sum_to_one((scores > 0).astype(scores.dtype))
-
-
 # Maps a rule to its function `scores [B] -> weights [B]` and the sizes of the clean
 # batches.
 RULES: dict[str, tuple[Callable[[base.Array], base.Array], tuple[int, ...]]] = {
   "clipped": (normalization.rectify, _CONSTANT),
-  "mask": (_mask, _CONSTANT),
+  "mask": (normalization.equal_weights, _CONSTANT),
   "tempered_0.3": (_tempered(0.3), _CONSTANT),
   "tempered_1": (_tempered(1.0), _CONSTANT),
   "tempered_3": (_tempered(3.0), _CONSTANT),

@@ -56,3 +56,23 @@ def rectify(scores: base.Array, axis_name: base.AxisName = None) -> base.Array:
   [0.75 0.   0.25]
   """
   return sum_to_one(jnp.maximum(scores, 0), axis_name)
+
+
+def equal_weights(scores: base.Array, axis_name: base.AxisName = None) -> base.Array:
+  """Equal weights for all positive scores, and 0 for the others, [B].
+
+  The weights sum to 1 over all devices. With L2RW's scores, this rule is not that of
+  the paper. Everything else is as in `sum_to_one`, including the errors; no gradient
+  flows to the scores.
+
+  >>> import jax.numpy as jnp
+  >>> print(equal_weights(jnp.array([3., -2., 1.])))
+  [0.5 0.  0.5]
+  """
+  base.check_vector("scores", scores)
+  is_float = jnp.issubdtype(scores.dtype, jnp.inexact)
+  dtype = scores.dtype if is_float else jnp.result_type(float)
+  # The comparison would otherwise turn NaN and infinity into finite weights.
+  bad = jnp.where(jnp.isfinite(scores) | (scores < 0), 0, scores).astype(dtype)
+  chosen = (scores > 0).astype(dtype) + jax.lax.stop_gradient(bad)
+  return sum_to_one(chosen, axis_name)

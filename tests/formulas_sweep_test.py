@@ -594,6 +594,9 @@ _FORMULAS: dict[str, _Formula] = {
     lambda d, axis: _Result(normalization.rectify(d.batch["scores"], axis)),
     has_gradient=True,
   ),
+  "normalization.equal_weights": _spread(
+    lambda d, axis: _Result(normalization.equal_weights(d.batch["scores"], axis))
+  ),
   "class_balance.inverse_frequency": _all(
     lambda a, w: class_balance.inverse_frequency(w["counts"])
   ),

@@ -12,12 +12,30 @@ from l2rw_jax import normalization
 
 _sum_to_one = jax.jit(normalization.sum_to_one)
 _rectify = jax.jit(normalization.rectify)
+_equal_weights = jax.jit(normalization.equal_weights)
 _SCORES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
 
 
 def test_by_hand():
   np.testing.assert_allclose(_sum_to_one(jnp.array([1.0, 0.0, 3.0])), [0.25, 0, 0.75])
   np.testing.assert_allclose(_rectify(jnp.array([3.0, -2.0, 1.0])), [0.75, 0, 0.25])
+
+
+def test_equal_weights_by_hand():
+  scores = jnp.array([3.0, -2.0, 1.0, 0.0])
+  np.testing.assert_array_equal(_equal_weights(scores), [0.5, 0, 0.5, 0])
+  np.testing.assert_array_equal(_equal_weights(jnp.array([2, -1, 0])), [1, 0, 0])
+  # In float16, the sum of 3,000 ones is exact only if it is computed in float32.
+  many = _equal_weights(jnp.ones(3000, jnp.float16))
+  np.testing.assert_allclose(many, 1 / 3000, rtol=1e-3)
+  assert not np.asarray(jax.jacobian(_equal_weights)(scores)).any()
+
+
+@pytest.mark.parametrize("normalize", [_rectify, _equal_weights])
+def test_bad_scores_make_every_weight_nan(normalize):
+  for bad in (jnp.nan, jnp.inf):
+    assert np.isnan(normalize(jnp.array([1.0, bad, -1.0]))).all()
+  np.testing.assert_array_equal(normalize(jnp.array([1.0, -jnp.inf])), [1, 0])
 
 
 @hypothesis.given(_SCORES)
@@ -66,7 +84,7 @@ def test_nan_and_negative_scores_give_nan_weights():
 
 @pytest.mark.parametrize("shape", [(), (3, 1)])
 def test_scores_of_another_shape_are_refused(shape):
-  for normalize in (_sum_to_one, _rectify):
+  for normalize in (_sum_to_one, _rectify, _equal_weights):
     with pytest.raises(base.InputError, match="scores must be one number per example"):
       normalize(jnp.ones(shape))
 

@@ -1,9 +1,10 @@
 """Code of the two long-tail scripts: flags, data, cells, rows and the figure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
+import types
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +79,13 @@ class Settings(
 
 
 class Preset(NamedTuple):
-  """Settings of training: values of flags, and the optimizer of every method."""
+  """Settings of training: values of flags, and the optimizer of every method.
+
+  Attributes that are not the value of a flag:
+    optimizer: optimizer of the methods.
+    learning_rates: maps methods to their learning rates, if they differ from that of
+      `optimizer` and --learning_rate is not given.
+  """
 
   num_epochs: int
   batch_size: int
@@ -86,6 +93,12 @@ class Preset(NamedTuple):
   builder: str
   num_meta: int
   deferred: float = 0.8
+  learning_rates: Mapping[str, float] = types.MappingProxyType({})
+
+  def optimizer_of(self, method: str) -> optimizers.OptimizerConfig:
+    """The optimizer of a method."""
+    rate = self.learning_rates.get(method, self.optimizer.learning_rate)
+    return dataclasses.replace(self.optimizer, learning_rate=rate)
 
 
 class Experiment(NamedTuple):
@@ -158,6 +171,8 @@ def with_flags(settings: Settings, experiment: Experiment) -> Experiment:
     for names in (rates, others)
   )
   optimizer = dataclasses.replace(old.optimizer, **given_rates)
+  if settings.learning_rate is not None:
+    given["learning_rates"] = types.MappingProxyType({})
   new = old._replace(optimizer=settings.scheduled(optimizer), **given)
   # With the builder "ldam", the size of the meta set hardly changes the training set.
   # With "mwn", it determines the sizes of all classes.
@@ -211,7 +226,7 @@ def make_cells(
       {"builder": preset.builder, "shape": settings.shape, "imbalance": imbalance},
       config,
       experiment.make_model(registries.needs_cosines(name)),
-      preset.optimizer,
+      preset.optimizer_of(name),
       splits,
       settings.seeds_at_once or experiment.side_by_side,
       num_epochs=preset.num_epochs,

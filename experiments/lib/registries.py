@@ -15,6 +15,7 @@ from l2rw_jax import base
 from l2rw_jax import changed_loss
 from l2rw_jax import class_balance
 from l2rw_jax import meta_network
+from l2rw_jax import normalization
 from l2rw_jax.methods import absgd
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
@@ -77,6 +78,12 @@ class MemoryFlags(settings_lib.Flags):
   )
 
 
+L2RW_WEIGHTS = {
+  "proportional": normalization.rectify,
+  "equal": normalization.equal_weights,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings(MemoryFlags, settings_lib.Settings):
   """The flags of the methods for wrong labels."""
@@ -101,6 +108,15 @@ class Settings(MemoryFlags, settings_lib.Settings):
     " (docs/methods/l2rw.md).",
     bounds=settings_lib.STEPS,
     methods=["l2rw"],
+  )
+  l2rw_weights: str = flag(
+    "proportional",
+    "Weights of the examples with positive scores of L2RW: proportional to the scores,"
+    " as in the paper, or equal (docs/methods/l2rw.md).",
+    choices=L2RW_WEIGHTS,
+    methods=["l2rw"],
+    # Folders of older versions do not have this entry.
+    recorded_with="l2rw_weights",
   )
   mwn_preset: str | None = flag(
     None,
@@ -368,6 +384,7 @@ def _l2rw(settings: Settings, problem: Problem) -> base.Method:
     layers=layers,
     refresh_every=settings.l2rw_refresh_every,
     microbatch_size=settings.microbatch_size,
+    normalize=L2RW_WEIGHTS[settings.l2rw_weights],
   )
 
 

@@ -34,6 +34,9 @@ approximations change the weights, and which of them changes the weights more de
 the problem. The second can make the trained network much worse. The documentation of
 L2RW lists measured rank correlations and accuracies.
 
+Other weights can be computed from the same scores with `normalize`, for instance
+`normalization.equal_weights`.
+
 Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by default. A
 score is the difference of nearly equal numbers, so a small score can change its sign.
 Wrap the call in `jax.default_matmul_precision("float32")` to get scores that agree with
@@ -47,7 +50,7 @@ References:
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from absl import logging
 import jax
@@ -62,6 +65,9 @@ from l2rw_jax.linearization import control_flow
 from l2rw_jax.linearization import microbatching
 from l2rw_jax.linearization import restriction
 from l2rw_jax.linearization import trainable
+
+# Maps the scores of this device, [B], and the name of the mapped axis to weights.
+Normalize: TypeAlias = Callable[[base.Array, base.AxisName], base.Array]
 
 
 class ExampleWeights(NamedTuple):
@@ -113,6 +119,7 @@ def example_weights(
   engine: str = "auto",
   microbatch_size: int | None = None,
   layers: restriction.Layers | None = None,
+  normalize: Normalize = normalization.rectify,
   direction: hypergradient.Direction | None = None,
 ) -> ExampleWeights:
   """Weights of the examples of a batch, by how much they lower the meta loss.
@@ -145,6 +152,8 @@ def example_weights(
       this device, see `microbatching.microbatched`; None is all.
     layers: the parameters from which scores are computed, see `restriction.restricted`;
       None is all. This is an approximation.
+    normalize: `(scores [B], axis_name) -> weights [B]`, the rule that turns scores into
+      weights. The default is that of the paper; see also `normalization.equal_weights`.
     direction: a result of `meta_direction`, at these parameters or, as an
       approximation, at those of an earlier step. If it is given, `meta_batch`,
       `meta_losses_fn`, `optimizer` and `opt_state` are not used. None computes it.
@@ -153,11 +162,12 @@ def example_weights(
     An `ExampleWeights`; no gradient flows through its weights and scores.
 
   Raises:
-    InputError: the losses do not have shape [B], the model has no forward derivative,
-      both `meta_batch` and `direction` are None, or another argument is invalid, see
-      `hypergradient.direction`, `linearization.linearize`, `microbatching.microbatched`
-      and `restriction.restricted`. Outside `jit`, it is also raised if the optimizer's
-      step ignores the gradient (under `jit`, check `.zero_slope`).
+    InputError: the losses or weights do not have shape [B], the model has no forward
+      derivative, both `meta_batch` and `direction` are None, or another argument is
+      invalid, see `hypergradient.direction`, `linearization.linearize`,
+      `microbatching.microbatched` and `restriction.restricted`. Outside `jit`, it is
+      also raised if the optimizer's step ignores the gradient (under `jit`, check
+      `.zero_slope`).
     FloatingPointError: outside `jit`, if a loss, the direction or a score is not
       finite (under `jit` check `.finite`).
 
@@ -193,7 +203,7 @@ def example_weights(
     engine=engine,
     direction=hypergradient.known_vector(direction),
   )
-  return weigh(linearized, direction, axis_name)
+  return weigh(linearized, direction, axis_name, normalize)
 
 
 def _linearize(linearize, layers, microbatch_size):
@@ -228,11 +238,12 @@ def weigh(
   linearized: base.Linearized,
   direction: hypergradient.Direction,
   axis_name: base.AxisName = None,
+  normalize: Normalize = normalization.rectify,
 ) -> ExampleWeights:
   """`example_weights` of a linearized batch, given the result of `meta_direction`.
 
   Raises:
-    InputError: the losses do not have shape [B].
+    InputError: the losses or the weights do not have shape [B].
     FloatingPointError: outside `jit`, if a loss or a score is not finite.
   """
   base.check_losses("losses_fn's result", linearized.losses)
@@ -249,7 +260,13 @@ def weigh(
     axis_name,
     ": the losses are finite; check their gradients (the scale of the inputs)",
   )
-  weights = normalization.rectify(scores, axis_name).astype(linearized.losses.dtype)
+  weights = normalize(scores, axis_name)
+  if jnp.shape(weights) != scores.shape:  # It would be broadcast.
+    raise base.InputError(
+      f"normalize must return one weight for each example, [B] = {list(scores.shape)};"
+      f" got {jnp.shape(weights)}"
+    )
+  weights = weights.astype(linearized.losses.dtype)
   fault = base.first_fault(
     direction.fault, training_losses=losses_finite, slopes=scores_finite
   )
@@ -276,6 +293,7 @@ def weighted_value_and_grad(
   engine: str = "auto",
   microbatch_size: int | None = None,
   layers: restriction.Layers | None = None,
+  normalize: Normalize = normalization.rectify,
 ) -> Callable[..., tuple[tuple[base.Array, ExampleWeights], base.PyTree]]:
   """Like `jax.value_and_grad` of a mean loss, but weighted by L2RW.
 
@@ -333,7 +351,8 @@ def weighted_value_and_grad(
         engine=engine,
         direction=hypergradient.known_vector(local_direction),
       )
-      info = weigh(linearized, local_direction, axis_name)._replace(order=order)
+      info = weigh(linearized, local_direction, axis_name, normalize)
+      info = info._replace(order=order)
       loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
       grads = base.summed_gradient(linearized, info.weights, axis_name)
       return (loss, info), grads
@@ -362,6 +381,7 @@ def l2rw(
   reweight: bool = True,
   layers: restriction.Layers | None = None,
   refresh_every: int = 1,
+  normalize: Normalize = normalization.rectify,
 ) -> base.Method:
   """L2RW for the training loop.
 
@@ -384,6 +404,7 @@ def l2rw(
       number above 1 is an approximation, which can lower the accuracy considerably:
       compare it with 1 on your data. Several runs under one `vmap` compute the gradient
       in every step.
+    normalize: see `example_weights`.
 
   Returns:
     A `base.Method` that needs a meta batch. If `refresh_every` is above 1, its state is
@@ -430,7 +451,7 @@ def l2rw(
         inputs._replace(batch=batch),
         direction=hypergradient.known_vector(local_direction),
       )
-      info = weigh(linearized, local_direction, problem.axis_name)
+      info = weigh(linearized, local_direction, problem.axis_name, normalize)
       weights = info.weights
       if not reweight:
         size = base.global_size(weights.shape[0], problem.axis_name)

@@ -17,6 +17,7 @@ from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import losses
+from l2rw_jax import normalization
 from l2rw_jax.methods import l2rw
 
 _B, _M, _CLASSES = 6, 4, 3
@@ -191,6 +192,33 @@ def test_weighted_value_and_grad_equals_its_parts(engine):
   np.testing.assert_allclose(info.weights, w.weights, atol=tolerance)
   np.testing.assert_allclose(loss, expected, rtol=tolerance)
   chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=tolerance)
+
+
+def test_another_rule_can_turn_scores_into_weights():
+  params, batch, clean = _regression(4)
+  normalize = normalization.equal_weights
+  info = l2rw.example_weights(
+    _squared_errors, params, batch, clean, normalize=normalize
+  )
+  positive = np.asarray(info.scores) > 0
+  assert 0 < positive.sum() < 4, "the example cannot fail"
+  np.testing.assert_allclose(info.weights, positive / positive.sum(), rtol=1e-6)
+
+  drop_in = l2rw_jax.weighted_value_and_grad(_squared_errors, normalize=normalize)
+  (loss, fused), grads = drop_in(params, batch, clean)
+  np.testing.assert_array_equal(fused.weights, info.weights)
+  expected = jax.value_and_grad(
+    lambda p: jnp.sum(info.weights * _squared_errors(p, batch))
+  )(params)
+  chex.assert_trees_all_close((loss, grads), expected, rtol=1e-5)
+
+
+def test_a_rule_must_return_one_weight_for_each_example():
+  params, batch, clean = _regression(4)
+  with pytest.raises(base.InputError, match=r"normalize.*\[B\] = \[4\]; got \(\)"):
+    l2rw.example_weights(
+      _squared_errors, params, batch, clean, normalize=lambda s, _: s.max()
+    )
 
 
 def test_vmap_over_seeds_equals_a_loop():
