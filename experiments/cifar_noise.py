@@ -4,6 +4,7 @@ Papers: L2RW (Ren et al., ICML 2018): --preset=l2rw_uniform, l2rw_background;
   Meta-Weight-Net (Shu et al., NeurIPS 2019): mwn_uniform, mwn_flip, mwn_stable;
   MentorNet (Jiang et al., ICML 2018): mentornet; WarPI (Sun et al., 2022): warpi;
   CIFAR-10N (Wei et al., ICLR 2022): any preset, --noise=human --annotation=worst.
+  --preset=whitened has the settings of this project for a fast network.
 Command: python -m experiments.cifar_noise --data_dir=DIR --preset=l2rw_background
   --methods=uniform,l2rw; --smoke for a few steps on a CPU. --num_steps=8000
   shortens the schedule in proportion.
@@ -50,9 +51,11 @@ METHODS = tuple(registries.NOISE)
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """The training settings of one paper: values of the flags of these names.
+  """The training settings of one paper, or of this project for its fast network.
 
-  Attributes that are not the value of a flag:
+  They are values of the flags of these names, except for:
+    cosine: whether the learning rate falls to 0 as a cosine, instead of by decays.
+    warmup: share of the run in which the learning rate rises.
     decay_all: whether the weight decay includes biases and BatchNorm parameters; see
       `optimizers`.
     num_meta: maps the number of classes to the number of clean images of each class.
@@ -75,6 +78,8 @@ class Preset:
     default_factory=lambda: {10: 100, 100: 10}
   )
   num_validation: int = 0
+  cosine: bool = False
+  warmup: float = 0.0
 
 
 _L2RW_UNIFORM = Preset(
@@ -142,6 +147,23 @@ PRESETS = {
     num_meta={10: 0, 100: 0},
   ),
   "warpi": dataclasses.replace(_MWN_STABLE, augmentation="warpi"),
+  # The settings of this project for the fast network: ten epochs of clean CIFAR-10.
+  # They were chosen with a quarter of the width and four epochs, on 5,000 images that
+  # were held out of the training set (docs/reproducing.md).
+  "whitened": Preset(
+    network="whitened_half",
+    augmentation="whitened",
+    noise="mwn_uniform",
+    noise_fraction=0.4,
+    num_steps=4000,
+    decay_steps=(),
+    learning_rate=0.4,
+    nesterov=True,
+    batch_size=125,
+    meta_batch_size=125,
+    cosine=True,
+    warmup=0.2,
+  ),
 }
 
 
@@ -290,6 +312,8 @@ def make_optimizer(preset: Preset) -> optimizers.OptimizerConfig:
     weight_decay=preset.weight_decay,
     drops=tuple((step / preset.num_steps, 0.1) for step in preset.decay_steps),
     decay_all=preset.decay_all,
+    warmup=preset.warmup,
+    cosine=preset.cosine,
   )
 
 
@@ -365,6 +389,9 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
   )
   if settings.schedule is not None:
     settings.check_used("decay_steps", False, "with --schedule")
+  elif preset.cosine:
+    where = f"with --preset={settings.preset}, whose learning rate falls as a cosine"
+    settings.check_used("decay_steps", False, where)
   optimizer = settings.scheduled(make_optimizer(preset))
   facts = make_facts(settings, preset)
   images = settings.load_images("train", dataset=facts["dataset"]).images

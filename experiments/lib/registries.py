@@ -659,6 +659,7 @@ AUGMENTATIONS = {
   "mentornet": augmentation.Preprocess(pad=2, flip=True, standardize=True),
   "warpi": _WARPI,
   "ldam": dataclasses.replace(_WARPI, padding="zero"),
+  "whitened": dataclasses.replace(_MWN, pad=2),
 }
 # "warpi" for CIFAR-100.
 WARPI_100 = dataclasses.replace(

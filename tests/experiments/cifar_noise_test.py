@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,10 @@ _MISTAKES = {
   ),
   "decay": (["--decay_steps=40k"], "--decay_steps=40k: give numbers of updates"),
   "decay_late": (["--decay_steps=2,3"], "--decay_steps=3: give numbers of updates"),
+  "decay_of_a_cosine": (
+    ["--preset=whitened", "--decay_steps=2"],
+    "--decay_steps has no effect with --preset=whitened",
+  ),
   "decay_not_ascii": (["--decay_steps=\u0664"], "write it in ASCII"),
   "momentum": (["--momentum=2"], "--momentum=2 must lie between 0 and"),
   "no_meta": (["--num_meta=0"], "needs a meta set of clean examples"),
@@ -258,11 +263,23 @@ def test_presets_match_the_released_code(name, facts):
     assert float(rates(step + 1)) == pytest.approx(0.1 ** (i + 2))
 
 
+def test_the_rate_of_the_fast_network_rises_and_then_falls_to_zero():
+  preset = script.PRESETS["whitened"]
+  rates = script.make_optimizer(preset).schedule(preset.num_steps)
+  peak = round(preset.warmup * preset.num_steps)
+  values = [float(rates(step)) for step in (0, peak, preset.num_steps)]
+  # A cosine of the whole run is multiplied by fifths in the warm-up.
+  cosine = (1 + math.cos(math.pi * preset.warmup)) / 2
+  expected = [preset.learning_rate / 5, preset.learning_rate * cosine, 0]
+  np.testing.assert_allclose(values, expected, atol=1e-6)
+
+
 @pytest.mark.slow(unless=("10-mwn_stable", "100-mentornet"))
 @pytest.mark.parametrize("name", script.PRESETS)
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_networks_of_presets_fit_the_data(name, num_classes):
-  model = script.make_classifier(script.PRESETS[name], num_classes, _NO_IMAGES)
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  model = script.make_classifier(script.PRESETS[name], num_classes, images)
   model.check({"image": jnp.zeros((1, 32, 32, 3))}, num_classes)
 
 
