@@ -3,7 +3,7 @@ r"""L2RW's approximate scores: agreement with the exact scores, and accuracy.
 Networks are trained with exact weights, with uniform weights, and with weights from
 approximate scores. Scores are approximated by computing them from some of the layers
 only (`layers=`), by using one gradient of the meta loss for several steps
-(`refresh_every=`), and by doing both. There are two tasks: an MLP on MNIST with
+(`refresh_every=`), and by doing both. There are two problems: an MLP on MNIST with
 40% flipped labels, and a small GPT on the sources of Python's standard library,
 with 30% corrupted documents (experiments.lm_reweight). The meta batch is the whole meta
 set, so that two gradients of the meta loss differ only because the parameters do. With
@@ -66,8 +66,8 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   """The flags of this benchmark."""
 
   dataset: str = flag("mnist")
-  tasks: tuple[str, ...] = flag(
-    ("images", "text"), "Tasks to train.", choices=["images", "text"], group="data"
+  problems: tuple[str, ...] = flag(
+    ("images", "text"), "Problems to train.", choices=["images", "text"], group="data"
   )
   num_seeds: int = flag(5)
   num_steps: int = flag(400)
@@ -86,7 +86,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
 
 
-class Task(NamedTuple):
+class Experiment(NamedTuple):
   """A network with its optimizer, splits by seed, batch size and choices of layers."""
 
   model: classifier.Classifier
@@ -96,8 +96,8 @@ class Task(NamedTuple):
   layers: tuple[Any, ...]
 
 
-def make_task(settings: Settings, name: str) -> Task:
-  """The task for a name in `--tasks`."""
+def make_experiment(settings: Settings, name: str) -> Experiment:
+  """The experiment for a name in `--problems`."""
   if name == "images":
     train, test = settings.load("train"), settings.load("test")
     splits = functools.partial(
@@ -110,7 +110,9 @@ def make_task(settings: Settings, name: str) -> Task:
     network = mlp.MLP(train.num_classes)
     model = classifier.Classifier(network, train.num_classes)
     optimizer = optax.sgd(settings.learning_rate)
-    return Task(model, optimizer, lambda seed: splits(seed=seed), 100, settings.shares)
+    return Experiment(
+      model, optimizer, lambda seed: splits(seed=seed), 100, settings.shares
+    )
   documents = functools.partial(
     text_documents.corrupted_documents,
     text_documents.standard_library(),
@@ -124,7 +126,9 @@ def make_task(settings: Settings, name: str) -> Task:
   sequences = language_model.LanguageModel(decoder, vocabulary)
   # A block is named here. A share of the cost would select the last layer first, which
   # is also the embedding and alone costs more than a fifth of the network.
-  return Task(sequences, optimizer, lambda seed: documents(seed=seed), 32, ("block_1",))
+  return Experiment(
+    sequences, optimizer, lambda seed: documents(seed=seed), 32, ("block_1",)
+  )
 
 
 def make_methods(settings: Settings, layers: tuple[Any, ...]) -> dict[str, base.Method]:
@@ -201,26 +205,26 @@ def correlations(scores: np.ndarray, exact: np.ndarray) -> dict[str, float]:
   }
 
 
-def make_rows(settings: Settings, task_name: str) -> list[dict[str, Any]]:
-  """A row for each method and seed of a task."""
-  task = make_task(settings, task_name)
-  splits = [task.splits(seed) for seed in range(settings.num_seeds)]
+def make_rows(settings: Settings, problem_name: str) -> list[dict[str, Any]]:
+  """A row for each method and seed of a problem."""
+  experiment = make_experiment(settings, problem_name)
+  splits = [experiment.splits(seed) for seed in range(settings.num_seeds)]
   num_train = len(splits[0].train.label)
-  problem = task.model.problem(
-    class_counts=jnp.ones(task.model.num_classes),
+  problem = experiment.model.problem(
+    class_counts=jnp.ones(experiment.model.num_classes),
     num_examples=num_train,
     num_steps=settings.num_steps,
   )
   rows: list[dict[str, Any]] = []
   exact_percent: dict[int, float] = {}
-  for name, method in make_methods(settings, task.layers).items():
-    trainer = make_trainer(problem, method, task.optimizer)
+  for weights, method in make_methods(settings, experiment.layers).items():
+    trainer = make_trainer(problem, method, experiment.optimizer)
     for seed, split in enumerate(splits):
       parts = split.train, split.meta, split.test
       train, meta, test = map(examples_lib.as_batch, parts)
-      params, model_state = task.model.init(jax.random.key(seed), meta)
+      params, model_state = experiment.model.init(jax.random.key(seed), meta)
       order = np.random.default_rng(seed).integers(
-        num_train, size=(settings.num_steps, task.batch_size), dtype=np.int32
+        num_train, size=(settings.num_steps, experiment.batch_size), dtype=np.int32
       )
       train, meta = jax.device_put((train, meta))
       params, scores = trainer(params, model_state, train, meta, order)
@@ -228,11 +232,11 @@ def make_rows(settings: Settings, task_name: str) -> list[dict[str, Any]]:
       measured = evaluation.accuracy(predictions)
       percent = 100 * measured["accuracy"]
       exact_percent.setdefault(seed, percent)  # Exact weights come first.
-      row = {"task": task_name, "weights": name, "seed": seed}
-      if task_name == "images":
+      row = {"problem": problem_name, "weights": weights, "seed": seed}
+      if problem_name == "images":
         row["learning_rate"] = settings.learning_rate
       row["data"] = split.fingerprint
-      if name not in ("exact", "uniform"):
+      if weights not in ("exact", "uniform"):
         row |= correlations(*(np.asarray(s)[::_PROBE_EVERY] for s in scores))
       row["accuracy_percent"] = round(percent, 2)
       row["difference"] = round(percent - exact_percent[seed], 2)
@@ -244,7 +248,7 @@ def make_rows(settings: Settings, task_name: str) -> list[dict[str, Any]]:
 
 def summary(rows: list[dict[str, Any]]) -> str:
   """A line with the results of one method: means and intervals over its seeds."""
-  text = f"{rows[0]['task']} {rows[0]['weights']}:"
+  text = f"{rows[0]['problem']} {rows[0]['weights']}:"
   for name in ("spearman_median", "accuracy_percent", "difference"):
     if name in rows[0]:
       text += f" {name} {report.interval([row[name] for row in rows]):.3f},"
@@ -265,8 +269,8 @@ def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   path, info = pathlib.Path(workdir) / "results.csv", workdir_lib.run_info()
   info |= {"num_steps": settings.num_steps, "dataset": settings.dataset}
   rows: list[dict[str, Any]] = []
-  for task in dict.fromkeys(settings.tasks):
-    rows += make_rows(settings, task)
+  for name in dict.fromkeys(settings.problems):
+    rows += make_rows(settings, name)
     _rows.write(path, [{**row, **info} for row in rows])
   print(f"\nwritten: {path}")
   return rows
