@@ -31,7 +31,7 @@ def summary(table: table_lib.Table) -> str:
   rows = []
   for line in table.lines:
     cells = [_markdown(_plain(line.setting[name])) for name in columns]
-    cells.append(_name(table, line.method))
+    cells.append(_markdown(line.method) + _mark(table, [line]))
     for i in table.metrics():
       value = line.values[i]
       cells.append(_measured(value, line.repeats))
@@ -50,7 +50,8 @@ def compact(table: table_lib.Table) -> str:
   Lines and columns are exchanged if there are more settings than methods. If there is
   one setting, there is a column for each of the first six metrics. Published values are
   in parentheses. There are several tables if the layout is divided by a setting. A
-  mark distinguishes methods with a setting that was chosen by test accuracy.
+  mark distinguishes lines with a setting that was chosen by test accuracy: at the
+  method if all of its lines have one, and otherwise at the numbers of these lines.
   """
   below = [_source(table), *_note_on_tuning(table)]
   return "\n\n".join([*map(_compact, table.divided()), *below])
@@ -77,8 +78,10 @@ def _compact(table):
     for i in shown:
       value = line.values[i]
       published = "" if value.published is None else f" ({_published(value)})"
-      values = cells.setdefault(_name(table, line.method), {})
-      values[key, i] = _measured(value, line.repeats) + published
+      of_method = _mark(table, [x for x in table.lines if x.method == line.method])
+      of_line = "" if of_method else _mark(table, [line])
+      values = cells.setdefault(_markdown(line.method) + of_method, {})
+      values[key, i] = _measured(value, line.repeats) + published + of_line
   places = [(key, i) for key in settings for i in shown]
   rows = [[name, *(v.get(p, "") for p in places)] for name, v in cells.items()]
   lines = [[layout.method_heading, *header], *rows]
@@ -114,7 +117,7 @@ def long_form(tables: Sequence[table_lib.Table]) -> str:
           [_text(t) for t in (table.name, setting, line.method, value.metric.heading)]
           + [_digits(measured.mean), _digits(half_width), measured.repeats]
           + [_digits(n) for n in (value.published, value.spread, value.difference)]
-          + [table.tuned(line.method) or ""]
+          + [table.tuned(line) or ""]
         )
   return text.getvalue()
 
@@ -128,14 +131,14 @@ def _markdown(text: str) -> str:
   return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(text, quote=False))
 
 
-def _name(table: table_lib.Table, method: str) -> str:
-  """The name of a method, marked if a setting of it was chosen by test accuracy."""
-  return _markdown(method) + (" †" if table.tuned(method) else "")
+def _mark(table: table_lib.Table, lines: Sequence[table_lib.Line]) -> str:
+  """A mark if a setting of all these lines was chosen by test accuracy."""
+  return " †" if all(table.tuned(line) for line in lines) else ""
 
 
 def _note_on_tuning(table: table_lib.Table) -> list[str]:
-  """The meaning of the marks of `_name`; empty if no method is marked."""
-  settings = [table.tuned(line.method) for line in table.lines]
+  """The meaning of the marks of `_mark`; empty if no line is marked."""
+  settings = [table.tuned(line) for line in table.lines]
   chosen = dict.fromkeys(setting for setting in settings if setting)
   return [f"† chosen by test accuracy: {'; '.join(chosen)}."] if chosen else []
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
 import operator
 import re
+import types
 from typing import Any, NamedTuple
 
 from experiments.lib import report
@@ -127,6 +128,20 @@ class Value(NamedTuple):
     return self.measured.mean - self.published
 
 
+class TunedOnTest(NamedTuple):
+  """A setting of some lines that was chosen by test accuracy.
+
+  Attributes:
+    methods: pattern that matches the names of the methods.
+    setting: the setting, as text.
+    where: the values that the settings of these lines have; all others may differ.
+  """
+
+  methods: str
+  setting: str
+  where: Mapping[str, Any] = types.MappingProxyType({})
+
+
 class Line(NamedTuple):
   """All runs of one method under one setting."""
 
@@ -143,19 +158,20 @@ class Table(NamedTuple):
     name: name of the experiment's folder.
     layout: layout of the table.
     lines: lines of the table, in the order of their first rows.
-    tuned_on_test: (pattern, setting) pairs: the methods whose names match the pattern
-      have this setting, which was chosen by test accuracy. The names are marked.
+    tuned_on_test: the settings that were chosen by test accuracy. Their lines are
+      marked.
   """
 
   name: str
   layout: Layout
   lines: list[Line]
-  tuned_on_test: Sequence[tuple[str, str]] = ()
+  tuned_on_test: Sequence[TunedOnTest] = ()
 
-  def tuned(self, method: str) -> str | None:
-    """The setting of a method that was chosen by test accuracy, or None."""
-    for pattern, setting in self.tuned_on_test:
-      if re.fullmatch(pattern, method):
+  def tuned(self, line: Line) -> str | None:
+    """The setting of a line that was chosen by test accuracy, or None."""
+    for methods, setting, where in self.tuned_on_test:
+      is_same = all(line.setting[name] == value for name, value in where.items())
+      if is_same and re.fullmatch(methods, line.method):
         return setting
     return None
 

@@ -59,7 +59,10 @@ def results(tmp_path):
 
 
 def test_methods_that_were_tuned_on_the_test_set_are_marked():
-  tuned = [("bare|x", "its rate"), ("advisor", "its rate"), (".*w", "the decay")]
+  tuned = [
+    table_lib.TunedOnTest(*pair)
+    for pair in (("bare|x", "its rate"), ("advisor", "its rate"), (".*w", "the decay"))
+  ]
   table = make("mnist_noise", _ROWS, preset="bare")
   note = "† chosen by test accuracy: the decay; its rate."
   for form in (formats.summary, formats.compact):
@@ -76,6 +79,20 @@ def test_methods_that_were_tuned_on_the_test_set_are_marked():
     for line in csv.DictReader(io.StringIO(text))
   }
   assert chosen == {("l2rw", ""), ("bare", "its rate"), ("advisor", "")}
+
+
+def test_only_the_lines_of_a_setting_that_was_tuned_on_the_test_set_are_marked():
+  tuned = table_lib.TunedOnTest(".*", "its rate", {"fraction": 0.7})
+  table = make("mnist_noise", _ROWS)._replace(tuned_on_test=[tuned])
+  compact = formats.compact(table)
+  assert scripts.table(compact)[1:] == [
+    ["l2rw", "90.00 ± 2.48", "60.00 †"],
+    ["bare", "94.50", ""],
+    ["advisor", "70.00", ""],
+  ]
+  assert compact.endswith("\n\n† chosen by test accuracy: its rate.")
+  marked = [row[:3] for row in scripts.table(formats.summary(table)) if "†" in row[2]]
+  assert marked == [["n", "0.7", "l2rw †"]]
 
 
 def test_summary_has_measured_and_published_values():
