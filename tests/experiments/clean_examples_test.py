@@ -89,7 +89,7 @@ def test_accuracy_on_held_out_images_is_not_called_test_accuracy(
   settings = _SETTINGS.replace(evaluate_on="validation", methods=("uniform",))
   script.run(settings.replace(problems=("symmetric",)), tmp_path)
   (heading,) = scripts.table(capsys.readouterr().out)[0][-2:-1]
-  assert heading == "accuracy on held-out images %"
+  assert heading == "validation accuracy %"
 
 
 @pytest.mark.ci
