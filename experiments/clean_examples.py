@@ -45,7 +45,6 @@ from experiments.lib import settings as settings_lib
 from experiments.lib.settings import data_flag, flag, methods_flag
 from experiments.tables import table
 from l2rw_jax import base
-from l2rw_jax import normalization
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import long_tail
 from l2rw_jax.data import noisy_labels
@@ -236,7 +235,6 @@ def make_method(
       baselines.generalized_cross_entropy if is_noisy else baselines.balanced_softmax
     ),
     "fine_tuning": lambda: baselines.fine_tuning(tuned_steps),
-    "l2rw_equal": lambda: l2rw.l2rw(normalize=normalization.equal_weights),
     "l2rw_fine_tuning": lambda: baselines.fine_tuning(tuned_steps, l2rw.l2rw()),
     "meta_weight_net": lambda: meta_weight_net.meta_weight_net(
       lookahead_rate, "noise_stable" if is_noisy else "imbalance"

@@ -107,7 +107,7 @@ PRESETS = {
   "own": Preset(
     *(30, 100, 100, _ADAM),
     by_method={
-      "l2rw": _sgd(1e-3),
+      **dict.fromkeys(registries.L2RW, _sgd(1e-3)),
       "meta_weight_net": _sgd(0.1, 5e-4, _DROPS),
       "mentornet_pd": _sgd(0.1, 2e-4, _DROPS),
       "mentornet_dd": _sgd(0.1, 2e-4, _DROPS),
@@ -278,7 +278,7 @@ def make_optimizer(
   plateau = settings.plateau
   if plateau is None:  # --schedule replaces the plateau of a preset.
     plateau = preset.plateau and settings.schedule is None
-  learns = name in ("l2rw", *registries.META_LEARNED)
+  learns = name in (*registries.L2RW, *registries.META_LEARNED)
   watched = "meta" if preset.watches_meta and learns else "validation"
   watched = settings.plateau_data or watched
   settings.check_used("plateau_data", plateau, "without --plateau")

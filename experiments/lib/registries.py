@@ -41,6 +41,7 @@ from l2rw_jax.models import wide_resnet
 # The kinds of label noise of which there are two variants.
 TWO_VARIANTS = ("uniform_flip", "background_flip", "mwn_flip", "mwn_flip2")
 # Groups of methods that use the same flags.
+L2RW = ("l2rw", "l2rw_equal")
 META_LEARNED = ("meta_weight_net", "warpi", "warpi_deterministic", "advisor")
 _MENTORS = ("mentornet_pd", "mentornet_dd")
 _ABSGD = ("absgd", "absgd_ldam_drw")
@@ -65,7 +66,7 @@ class MemoryFlags(settings_lib.Flags):
     " device. The results are the same except for rounding, but a step takes longer."
     " The default is all. Networks with BatchNorm are refused.",
     bounds=settings_lib.BATCH,
-    methods=["l2rw", "meta_weight_net"],
+    methods=[*L2RW, "meta_weight_net"],
     recorded=False,
   )
   mwn_recompute: bool = flag(
@@ -76,12 +77,6 @@ class MemoryFlags(settings_lib.Flags):
     methods=["meta_weight_net"],
     recorded=False,
   )
-
-
-L2RW_WEIGHTS = {
-  "proportional": normalization.rectify,
-  "equal": normalization.equal_weights,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +94,7 @@ class Settings(MemoryFlags, settings_lib.Settings):
     "Layers from which L2RW computes scores (an approximation): their names, or a"
     " number in (0, 1] for the last layers that together cost at most this share of all"
     " layers. The default is all layers.",
-    methods=["l2rw"],
+    methods=L2RW,
   )
   l2rw_refresh_every: int = flag(
     1,
@@ -107,16 +102,7 @@ class Settings(MemoryFlags, settings_lib.Settings):
     " 1 is an approximation that lost much accuracy on MNIST"
     " (docs/methods/l2rw.md).",
     bounds=settings_lib.STEPS,
-    methods=["l2rw"],
-  )
-  l2rw_weights: str = flag(
-    "proportional",
-    "Weights of the examples with positive scores of L2RW: proportional to the scores,"
-    " as in the paper, or equal (docs/methods/l2rw.md).",
-    choices=L2RW_WEIGHTS,
-    methods=["l2rw"],
-    # Folders of older versions do not have this entry.
-    recorded_with="l2rw_weights",
+    methods=L2RW,
   )
   mwn_preset: str | None = flag(
     None,
@@ -364,6 +350,7 @@ def simple_method(
     # `runner.train` reports the metrics at the lowest loss on the clean set.
     "early_stopped": lambda: baselines.uniform()._replace(needs_meta=True),
     "l2rw": l2rw.l2rw,
+    "l2rw_equal": lambda: l2rw.l2rw(normalize=normalization.equal_weights),
     **(variants or {}),
   }
   return makers[name]()
@@ -373,19 +360,22 @@ def _simple(name: str) -> Factory:
   return lambda settings, problem: simple_method(name, problem.num_steps)
 
 
-def _l2rw(settings: Settings, problem: Problem) -> base.Method:
-  layers: Any = settings.l2rw_layers or None
-  if layers is not None and len(layers) == 1:
-    try:
-      layers = float(layers[0])
-    except ValueError:
-      layers = layers[0]
-  return l2rw.l2rw(
-    layers=layers,
-    refresh_every=settings.l2rw_refresh_every,
-    microbatch_size=settings.microbatch_size,
-    normalize=L2RW_WEIGHTS[settings.l2rw_weights],
-  )
+def _l2rw(normalize: l2rw.Normalize) -> Factory:
+  def make(settings: Settings, problem: Problem) -> base.Method:
+    layers: Any = settings.l2rw_layers or None
+    if layers is not None and len(layers) == 1:
+      try:
+        layers = float(layers[0])
+      except ValueError:
+        layers = layers[0]
+    return l2rw.l2rw(
+      layers=layers,
+      refresh_every=settings.l2rw_refresh_every,
+      microbatch_size=settings.microbatch_size,
+      normalize=normalize,
+    )
+
+  return make
 
 
 def _meta_weight_net(settings: Settings, problem: Problem) -> base.Method:
@@ -501,7 +491,8 @@ NOISE: dict[str, Factory] = {
   "pd_mixture": _curriculum("pd_mixture", "pd"),
   "mentornet_pd": _mentor("pd", "pd"),
   "mentornet_dd": _mentor("dd", "dd_resnet"),
-  "l2rw": _l2rw,
+  "l2rw": _l2rw(normalization.rectify),
+  "l2rw_equal": _l2rw(normalization.equal_weights),
   "meta_weight_net": _meta_weight_net,
   "warpi": _warpi(deterministic=False),
   "warpi_deterministic": _warpi(deterministic=True),
