@@ -378,7 +378,10 @@ def run(
   for imbalance in dict.fromkeys(settings.imbalance):
     cells += make_cells(settings, experiment, names, imbalance)
   runner.check(settings, cells)
-  folder = runner.open_folder(settings, experiment.table.name, workdir)
+  # The rates are a default that has changed, so a folder must have the same ones.
+  rates = dict(experiment.preset.learning_rates)
+  facts = {"learning_rates": rates} if rates else {}
+  folder = runner.open_folder(settings, experiment.table.name, workdir, **facts)
   rows = []
   for cell in cells:
     results = runner.train(settings, cell, folder)

@@ -5,10 +5,12 @@ import pytest
 import scripts
 
 from experiments import cifar_long_tail
+from experiments import mnist_long_tail
 from experiments.lib import long_tail
 from experiments.lib import registries
 from experiments.tables import published
 from experiments.tables import published_cifar
+from l2rw_jax import base
 from l2rw_jax.data import sources
 
 _NAME = "mnist_long_tail"
@@ -103,6 +105,34 @@ def test_more_imbalances_and_another_shape(run):
   assert row["class_counts"] == " ".join(["126"] * 5 + ["12"] * 5)
   # The classes have only two sizes, so none is in the middle group.
   assert row["medium_percent"] is None and row["few_percent"] is not None
+
+
+def test_each_method_has_its_learning_rate_unless_one_is_given(tmp_path):
+  settings = mnist_long_tail.Settings(
+    dataset="digits",
+    imbalance=(10.0,),
+    num_epochs=1,
+    num_seeds=1,
+    methods=("uniform", "l2rw"),
+  )
+  rates = mnist_long_tail.LEARNING_RATES
+  assert rates["l2rw"] != mnist_long_tail.PRESET.optimizer.learning_rate
+  rows = mnist_long_tail.run(settings, tmp_path / "default")
+  expected = [mnist_long_tail.PRESET.optimizer.learning_rate, rates["l2rw"]]
+  assert [row["learning_rate"] for row in rows] == expected
+  rows = mnist_long_tail.run(settings.replace(learning_rate=0.5), tmp_path / "given")
+  assert [row["learning_rate"] for row in rows] == [0.5, 0.5]
+
+
+def test_a_folder_with_other_learning_rates_is_refused(tmp_path, monkeypatch):
+  settings = mnist_long_tail.Settings(
+    dataset="digits", imbalance=(10.0,), num_epochs=1, num_seeds=1, methods=("focal",)
+  )
+  mnist_long_tail.run(settings, tmp_path)
+  preset = mnist_long_tail.PRESET._replace(learning_rates={"l2rw": 0.5})
+  monkeypatch.setattr(mnist_long_tail, "PRESET", preset)
+  with pytest.raises(base.InputError, match="learning_rates"):
+    mnist_long_tail.run(settings, tmp_path)
 
 
 _MISTAKES = {
