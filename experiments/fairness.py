@@ -11,9 +11,10 @@ Command: python -m experiments.fairness --data_dir=DIR
   without a download: --dataset=digits; an attribute: --groups=inverted;
   data condensation: --condense=10,25,50,75 --condense_by=forml_worst
 Device, time: one CPU core, 8 minutes with condensation (MNIST, 3 seeds).
-  The default product of FORML's two learning rates, 0.02, was chosen by hand from
-  values between 0.0004 and 0.1 on the test sets of seeds 0 and 1; no other method was
-  tuned.
+  The default product of FORML's two learning rates, 0.02, has the highest accuracy on
+  the worst class, averaged over the four objectives, among 0.0004, 0.002, 0.01, 0.02,
+  0.05 and 0.1 on held-out images (--evaluate_on=validation, three seeds). No other
+  method was tuned.
 Published: improved equality of opportunity, but no comparable number.
 Measured: results/fairness.
 """
@@ -382,6 +383,7 @@ def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, An
   return {
     "dataset": settings.dataset,
     "groups": settings.groups,
+    **held_out.column(settings),
     **cell.facts,
     **{
       column: None if name not in last else 100 * last[name]
@@ -413,7 +415,8 @@ def _draw_bars(axes: Any, rows: runner.Rows) -> None:
   figures.grouped_bars(axes, values, [MEASURES[column][0] for column in columns])
   axes.tick_params(axis="x", labelsize=8)
   axes.set_ylabel("mean and 95% interval; dots: seeds")
-  title = f"{rows[0]['dataset']}, groups: {rows[0]['groups']}"
+  part = rows[0].get("evaluate_on", "test")
+  title = f"{rows[0]['dataset']}, groups: {rows[0]['groups']}, {part} images"
   axes.set_title(figures.plain(title))
   axes.set_ylim(0, 100)
   figures.legend_at_right(axes)

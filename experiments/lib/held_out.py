@@ -56,6 +56,15 @@ class Settings(settings_lib.Settings):
     return {}
 
 
+def column(settings: Any) -> dict[str, str]:
+  """The column of rows that were not measured on the test set, such as "validation".
+
+  Rows of the test set do not have it, like those of older versions.
+  """
+  part = getattr(settings, "evaluate_on", "test")
+  return {} if part == "test" else {"evaluate_on": part}
+
+
 def validation_rows(labels: np.ndarray, num_classes: int) -> np.ndarray:
   """Selects a tenth of each class, rounded down; always the same rows.
 

@@ -14,6 +14,7 @@ import optax
 
 from experiments.lib import distributed
 from experiments.lib import early_stopping
+from experiments.lib import held_out
 from experiments.lib import optimizers
 from experiments.lib import probes
 from experiments.lib import registries
@@ -367,7 +368,6 @@ def row(
 ) -> dict[str, Any]:
   """A run's row in `results.csv`; `facts` are its first columns."""
   metrics, optimizer = result.metrics, {}
-  part = getattr(settings, "evaluate_on", "test")
   if isinstance(cell.optimizer, optimizers.OptimizerConfig):
     optimizer = dataclasses.asdict(cell.optimizer)
     drops = (f"{share:g}:{factor:g}" for share, factor in optimizer["drops"])
@@ -384,7 +384,7 @@ def row(
     "batch_size": cell.config.batch_size,
     **optimizer,
     **settings.probe_columns(metrics),
-    **({"evaluate_on": part} if part != "test" else {}),
+    **held_out.column(settings),
     **report_lib.run_fields(metrics),
   }
 

@@ -40,9 +40,12 @@ _TUNED_ON_TEST = {
     _TunedOnTest("mentornet_.*", "the percentile with which MentorNet compares losses"),
   ),
   "mnist_long_tail": (
-    _TunedOnTest(".*", "the learning rate, the same for all methods"),
+    _TunedOnTest(
+      ".*",
+      "the learning rate after 100 epochs, the same for all methods",
+      {"num_epochs": 100},
+    ),
   ),
-  "fairness": (_TunedOnTest(".*forml_.*", "FORML's step size"),),
 }
 
 
