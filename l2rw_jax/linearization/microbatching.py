@@ -21,7 +21,8 @@ On a CPU, `control_flow.channels_last` converts the convolutions in this loop to
 layout in which they are fast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -242,18 +243,33 @@ def check_unsharded(batch: Any, where: str) -> None:
       )
 
 
+@contextlib.contextmanager
+def noting_size(size: int | None) -> Iterator[None]:
+  """Adds the number of examples to the errors of a losses function in a `with` block.
+
+  A function may fail only because it gets fewer examples than the caller's batch has,
+  which its error does not say.
+
+  Args:
+    size: number of examples that the function gets; None if these are the whole batch,
+      and errors need no note.
+  """
+  try:
+    yield
+  except Exception as error:
+    if size is not None:
+      part = "one example" if size == 1 else f"a microbatch of {size} examples"
+      error.add_note(f"losses_fn was called with {part}. {ONE_LOSS_PER_ROW}")
+    raise
+
+
 def _always_aux(losses_fn, has_aux):
   """Returns `(params, batch) -> (losses, aux)`."""
 
   def call(params, batch):
     size = jax.tree.leaves(batch)[0].shape[0]
-    try:
+    with noting_size(size):
       result = losses_fn(params, batch)
-    except Exception as error:
-      error.add_note(
-        f"losses_fn was called with a microbatch of {size} examples. {ONE_LOSS_PER_ROW}"
-      )
-      raise
     losses, aux = base.losses_and_aux("losses_fn", result, has_aux)
     if losses.shape[0] != size:
       raise base.InputError(

@@ -353,8 +353,9 @@ def _map(
   partition = trainable.Partition(params)
   leaves = partition.leaves(params)
 
-  def call(leaves, batch):
-    result = losses_fn(partition.combine(leaves), batch)
+  def call(leaves, batch, size=None):
+    with microbatching.noting_size(size):
+      result = losses_fn(partition.combine(leaves), batch)
     losses, aux = base.losses_and_aux("losses_fn", result, has_aux)
     base.check_not_empty("losses", losses)
     return losses, aux
@@ -384,20 +385,24 @@ def _map(
     return carry, results, _info(losses, aux, "vmap")
 
   microbatching.num_rows(batch)
+
+  def call_part(leaves, microbatch):
+    return call(leaves, microbatch, jax.tree.leaves(microbatch)[0].shape[0])
+
   if has_aux:
-    microbatching.check_aux(call, leaves, batch, microbatch_size)
+    microbatching.check_aux(call_part, leaves, batch, microbatch_size)
   names = set()
 
   def microbatch_step(carry, microbatch):
     size = jax.tree.leaves(microbatch)[0].shape[0]
     # With one example, both engines do the same, and the batch axis is not recognized.
     chosen = engine if size > 1 else "vmap"
-    gradients = _record(call, leaves, microbatch, partition.names, chosen)
+    gradients = _record(call_part, leaves, microbatch, partition.names, chosen)
     if gradients is not None:
       losses, aux = gradients.losses, gradients.aux
       names.add("layerwise")
     else:
-      losses, aux = call(leaves, microbatch)
+      losses, aux = call_part(leaves, microbatch)
       gradients = _form(call, leaves, *_split_rows(microbatch, size))
       names.add("vmap")
     carry, results = step(carry, gradients)
@@ -492,7 +497,7 @@ def _form(call, leaves, rows, merge):
 
   def loss_and_gradient(row):
     def loss(leaves):
-      losses, _ = call(leaves, merge([x[None] for x in row]))
+      losses, _ = call(leaves, merge([x[None] for x in row]), 1)
       if losses.shape != (1,):
         raise base.InputError(
           f"losses_fn returned {losses.shape[0]} losses for one example."

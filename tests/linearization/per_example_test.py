@@ -496,3 +496,16 @@ def test_losses_that_ignore_their_batch_are_refused():
 
   with pytest.raises(base.InputError, match="returned 4 losses for one example"):
     per_example.norms(losses_fn, jnp.ones(4), jnp.ones((4, 4)), engine="vmap")
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+@pytest.mark.parametrize("size, part", [(None, "one example"), (2, "a microbatch of")])
+def test_errors_name_the_number_of_examples(engine, size, part):
+  def losses_fn(params, x):
+    pairs = (x @ params).reshape(2, 2)  # A batch of four examples, in two pairs.
+    return (pairs - pairs.mean(1, keepdims=True)).reshape(-1) ** 2
+
+  params, batch = jnp.ones(3), jnp.asarray(_normal(4, 3), jnp.float32)
+  with pytest.raises(TypeError, match="reshape") as caught:
+    per_example.norms(losses_fn, params, batch, engine=engine, microbatch_size=size)
+  assert f"losses_fn was called with {part}" in caught.value.__notes__[0]
