@@ -168,8 +168,8 @@ def example_weights(
       `microbatching.microbatched` and `restriction.restricted`. Outside `jit`, it is
       also raised if the optimizer's step ignores the gradient (under `jit`, check
       `.zero_slope`).
-    FloatingPointError: outside `jit`, if a loss, the direction or a score is not
-      finite (under `jit` check `.finite`).
+    FloatingPointError: outside `jit`, if a loss, the direction, a score or a weight is
+      not finite (under `jit` check `.finite`).
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -244,7 +244,7 @@ def weigh(
 
   Raises:
     InputError: the losses or the weights do not have shape [B].
-    FloatingPointError: outside `jit`, if a loss or a score is not finite.
+    FloatingPointError: outside `jit`, if a loss, a score or a weight is not finite.
   """
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.check_finite(
@@ -261,14 +261,23 @@ def weigh(
     ": the losses are finite; check their gradients (the scale of the inputs)",
   )
   weights = normalize(scores, axis_name)
-  if jnp.shape(weights) != scores.shape:  # It would be broadcast.
+  shape = getattr(weights, "shape", None)
+  if shape != scores.shape:  # It would be broadcast.
+    got = f"a value of type {type(weights).__name__}" if shape is None else shape
     raise base.InputError(
-      f"normalize must return one weight for each example, [B] = {list(scores.shape)};"
-      f" got {jnp.shape(weights)}"
+      "normalize must return an array with one weight for each example, [B] ="
+      f" {list(scores.shape)}; got {got}."
     )
   weights = weights.astype(linearized.losses.dtype)
+  slopes_finite = scores_finite
+  # The rules of this library give finite weights for finite scores. For them, the check
+  # would be one more sum over devices.
+  if normalize not in (normalization.rectify, normalization.equal_weights):
+    slopes_finite &= base.check_finite(
+      "weights", weights, axis_name, ": the scores are finite; check normalize"
+    )
   fault = base.first_fault(
-    direction.fault, training_losses=losses_finite, slopes=scores_finite
+    direction.fault, training_losses=losses_finite, slopes=slopes_finite
   )
   return ExampleWeights(
     weights=weights,

@@ -219,6 +219,26 @@ def test_a_rule_must_return_one_weight_for_each_example():
     l2rw.example_weights(
       _squared_errors, params, batch, clean, normalize=lambda s, _: s.max()
     )
+  with pytest.raises(base.InputError, match=r"must return an array .* of type list"):
+    l2rw.example_weights(
+      _squared_errors, params, batch, clean, normalize=lambda *_: [0.25] * 4
+    )
+
+
+def test_weights_of_a_rule_that_are_not_finite_are_reported():
+  params, batch, clean = _regression(4)
+
+  def softmax(scores, axis_name):
+    del axis_name
+    exponentials = jnp.exp(1e6 * scores)  # The largest of them is infinite.
+    return exponentials / jnp.sum(exponentials)
+
+  with pytest.raises(FloatingPointError, match=r"weights are NaN .* check normalize"):
+    l2rw.example_weights(_squared_errors, params, batch, clean, normalize=softmax)
+  drop_in = l2rw.weighted_value_and_grad(_squared_errors, normalize=softmax)
+  (_, info), _ = jax.jit(drop_in)(params, batch, clean)
+  assert np.isfinite(info.scores).all() and np.isnan(info.weights).any()
+  assert not info.finite and info.fault == base.Fault.SLOPES
 
 
 def test_vmap_over_seeds_equals_a_loop():
