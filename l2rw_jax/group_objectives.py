@@ -40,9 +40,11 @@ def group_means(
     loss is NaN and the mistake is reported.
 
   Raises:
-    InputError: the shapes do not match, the groups are not integers, or the group of an
-      example is outside 0 to G - 1 (the last is raised only outside `jit`).
+    InputError: the shapes do not match, the groups are not integers, `num_groups` is
+      not a positive integer or is traced, or the group of an example is outside 0 to
+      G - 1 (the last is raised only outside `jit`).
   """
+  num_groups = base.check_integer("num_groups", num_groups)
   means, present = _wide_means(values, groups, num_groups, "values")
   if jnp.issubdtype(values.dtype, jnp.inexact):
     means = means.astype(values.dtype)
@@ -108,6 +110,7 @@ def gap(
   3.0
   """
   _check_choice("reduction", reduction, ("mean", "max"))
+  num_groups = base.check_integer("num_groups", num_groups)
   mean_coefficient = base.setting(mean_coefficient)
   is_traced = base.is_traced(mean_coefficient)
   if not is_traced and not math.isfinite(mean_coefficient):
@@ -164,6 +167,7 @@ def worst(
   >>> print(worst(jnp.array([1., 3., 2.5]), jnp.array([0, 0, 2]), num_groups=3))
   2.5
   """
+  num_groups = base.check_integer("num_groups", num_groups)
   temperature = base.setting(temperature)
   is_traced = base.is_traced(temperature)
   if not is_traced and not 0 <= temperature < math.inf:
@@ -247,6 +251,7 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
     num_groups: G.
     where: name of the set for the error message.
   """
+  num_groups = base.check_integer("num_groups", num_groups)
   base.refuse_mask(f"groups of {where}", groups)
   array = np.asarray(groups)
   if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):

@@ -130,11 +130,12 @@ def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:
     num_classes: C.
 
   Raises:
-    InputError: the seed is not an integer of at least 0, there are no examples, or
-      `num_classes` is not an integer of at least 2.
+    InputError: the seed is not an integer of at least 0, `num_examples` is not a
+      positive integer, or `num_classes` is not an integer of at least 2.
   """
   seed = base.check_integer("random_labels: seed", seed, 0)
-  if num_examples < 1:
+  num_examples = base.check_integer("random_labels: num_examples", num_examples, 0)
+  if not num_examples:
     raise base.InputError(
       "the unlabeled set is empty: susceptibility needs images to label at random."
     )

@@ -281,3 +281,18 @@ def test_groups_may_be_lists_or_bools(groups):
 def test_groups_that_are_not_integers_are_refused():
   with pytest.raises(base.InputError, match="one integer per exemplar"):
     go.group_means(jnp.ones(2), jnp.array([0.5, 1.0]), 2)
+
+
+@pytest.mark.parametrize("function", [go.group_means, go.gap, go.worst, go.soft_tpr])
+def test_the_number_of_groups_must_be_a_known_integer(function):
+  values, groups = jnp.array([0.5, 1.0]), jnp.array([0, 1])
+  with pytest.raises(base.InputError, match=r"num_groups=2\.5 must be an integer"):
+    function(values, groups, 2.5)
+  with pytest.raises(base.InputError, match="num_groups is traced"):
+    jax.jit(lambda groups: function(values, groups, groups.max() + 1))(groups)
+  function(values, groups, groups.max() + 1)  # Known outside `jit`.
+
+
+def test_the_number_of_groups_of_an_exemplar_set_must_be_an_integer():
+  with pytest.raises(base.InputError, match="num_groups=None must be an integer"):
+    go.check_groups(np.array([0, 1]), None)

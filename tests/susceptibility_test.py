@@ -221,6 +221,7 @@ def test_random_labels_depend_on_the_seed_and_cover_every_class():
   ("size", "classes", "match"),
   [
     (0, 10, "the unlabeled set is empty"),
+    (2.5, 10, r"num_examples=2\.5 must be an integer"),
     (5, 1, "num_classes=1 must be an integer of at least 2"),
     (5, 2.5, r"num_classes=2\.5 must be an integer of at least 2"),
   ],

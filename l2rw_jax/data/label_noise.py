@@ -218,8 +218,9 @@ def pair_matrix(num_classes: int, rate: float, pairs: Mapping[int, int]) -> np.n
         f"pairs must map a class to another class, from 0 to {num_classes - 1};"
         f" got {true}: {wrong}"
       )
-    matrix[true, true] -= rate
-    matrix[true, wrong] += rate
+    # 1.0 is equal to a class, but it is not an index.
+    matrix[int(true), int(true)] -= rate
+    matrix[int(true), int(wrong)] += rate
   return matrix
 
 
@@ -314,9 +315,10 @@ def check_labels(what: str, labels: Any, num_classes: int) -> np.ndarray:
     The labels, int32 [N].
 
   Raises:
-    InputError: the rank or the type is wrong, a label is out of range, or the labels
-      are a masked array.
+    InputError: the rank or the type is wrong, a label is out of range, `num_classes` is
+      not an integer, or the labels are a masked array.
   """
+  num_classes = base.check_integer("num_classes", num_classes, 0)
   base.refuse_mask(what, labels)
   array = np.asarray(labels)
   if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):

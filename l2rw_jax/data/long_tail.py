@@ -30,7 +30,7 @@ def class_sizes(
 
   Args:
     shape: one of `SHAPES`.
-    num_most: n_0, the size of class 0.
+    num_most: n_0, the size of class 0, at least 0.
     num_classes: C, at least 2.
     imbalance: n_0 / n_{C-1}, at least 1; the released programs take its inverse.
 
@@ -38,8 +38,8 @@ def class_sizes(
     Sizes, int [C]; the smallest ones may be 0.
 
   Raises:
-    InputError: the shape is unknown, `imbalance` is less than 1 or not finite, or there
-      are fewer than 2 classes.
+    InputError: the shape is unknown, `imbalance` is less than 1 or not finite, or
+      `num_most` or `num_classes` is not an integer or is too small.
 
   References:
     Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR
@@ -53,10 +53,10 @@ def class_sizes(
     raise base.InputError(f"shape must be one of {SHAPES}; got {shape!r}")
   if not 1 <= imbalance < math.inf:
     raise base.InputError(f"imbalance must be a number of at least 1; got {imbalance}")
-  if num_classes < 2:
-    raise base.InputError(f"num_classes must be at least 2; got {num_classes}")
-  # Products with NumPy scalars in half precision would overflow.
-  num_most, imbalance = int(num_most), float(imbalance)
+  num_classes = base.check_integer("num_classes", num_classes, 2)
+  # Products with NumPy scalars of a narrow type would overflow.
+  num_most = base.check_integer("num_most", num_most, 0)
+  imbalance = float(imbalance)
   classes = np.arange(num_classes)
   if shape == "exponential":
     shares = imbalance ** -(classes / (num_classes - 1))

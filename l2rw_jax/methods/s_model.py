@@ -44,8 +44,10 @@ def smoothed_identity(num_classes: int, smoothing: float = 0.46) -> base.Array:
   which was written for data in which about this share of the labels is wrong.
 
   Raises:
-    InputError: `smoothing` is not between 0 and 1.
+    InputError: `num_classes` is not a positive integer, or `smoothing` is not between
+      0 and 1.
   """
+  num_classes = base.check_integer("num_classes", num_classes)
   _check_smoothing(smoothing)
   identity = jnp.eye(num_classes)
   off_diagonal = smoothing * (1 - identity) / max(num_classes - 1, 1)

@@ -381,3 +381,14 @@ def test_invalid_matrices_raise(call, message):
 
 def _resample(labels, matrix):
   return label_noise.resample(labels, matrix, rng=np.random.default_rng(0))
+
+
+def test_pairs_may_be_whole_numbers_of_any_type():
+  expected = label_noise.pair_matrix(3, 0.1, {0: 1})
+  pairs = {np.float64(0): np.float32(1)}
+  np.testing.assert_array_equal(label_noise.pair_matrix(3, 0.1, pairs), expected)
+
+
+def test_the_number_of_classes_must_be_an_integer():
+  with pytest.raises(base.InputError, match="num_classes=nan must be an integer"):
+    label_noise.check_labels("labels", np.array([0, 7]), np.nan)

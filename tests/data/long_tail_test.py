@@ -199,6 +199,15 @@ def test_class_without_images_raises():
     make([60, 0, 60], num_meta_per_class=0)
 
 
-def test_one_class_raises():
-  with pytest.raises(base.InputError, match="num_classes must be at least 2; got 1"):
-    long_tail.class_sizes("exponential", 10, 1, 2.0)
+@pytest.mark.parametrize(
+  "most, classes, match",
+  [
+    (10, 1, "num_classes=1 must be an integer of at least 2"),
+    (10, 2.5, r"num_classes=2\.5 must be an integer"),
+    (-10, 2, "num_most=-10 must be an integer of at least 0"),
+    (np.nan, 2, "num_most=nan must be an integer"),
+  ],
+)
+def test_wrong_sizes_are_refused(most, classes, match):
+  with pytest.raises(base.InputError, match=match):
+    long_tail.class_sizes("exponential", most, classes, 2.0)

@@ -102,6 +102,8 @@ def test_layer_converges_to_the_confusion_of_confident_predictions():
 def test_smoothed_identity():
   expected = np.full((4, 4), 0.1) + np.diag(np.full(4, 0.6))
   np.testing.assert_allclose(s_model.smoothed_identity(4, 0.3), expected, rtol=1e-6)
+  with pytest.raises(base.InputError, match=r"num_classes=2\.5 must be an integer"):
+    s_model.smoothed_identity(2.5)
 
 
 def _net(num_logits):
