@@ -1233,6 +1233,7 @@ _OTHER_FUNCTIONS = {
   "microbatching.check_unsharded": _CHECK,
   "microbatching.scan": _INSIDE,
   "microbatching.num_rows": _CHECK,
+  "microbatching.noting_size": _CHECK,
   "nested_maml.linearized_weight_gradient": _INSIDE,
   "random_patches.fit": _HOST,
   "restriction.check": _CHECK,
