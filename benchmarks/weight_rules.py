@@ -9,7 +9,7 @@ s_i are those of L2RW (`l2rw.example_weights`); rules differ in the weights of a
   tempered_T   softmax of s_i / (T r), where r is the root mean square of the scores of
                the batch, so that no weight is 0; a large T approaches uniform weights
   growing      clipped; the clean batches have 25, 50, 125 and 200 images in the four
-               quarters of the steps, in place of 100
+               quarters of the steps, instead of 100
 
 Columns:
 
@@ -50,8 +50,8 @@ from l2rw_jax.models import mlp
 from l2rw_jax.training import evaluation
 
 _BATCH_SIZE = 100
-# Numbers of clean images in a step, in parts of the run of equal length. The mean of
-# each is 100.
+# Numbers of clean images per step, in consecutive parts of the run that have the same
+# length. The mean over a run is 100.
 _CONSTANT = (100,)
 _GROWING = (25, 50, 125, 200)
 

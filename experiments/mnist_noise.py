@@ -51,7 +51,7 @@ COMPARED = (
 class Preset:
   """Settings of training: values of flags, and optimizers.
 
-  Attributes that differ from the flag of that name, or have none:
+  Attributes that have no flag of their name, or differ from it:
     optimizer: optimizer of every method except those of `by_method`.
     watches_meta: whether --plateau watches the clean images for l2rw and the methods
       that learn a weighting network.
@@ -200,7 +200,7 @@ class Settings(
   def record(self) -> dict[str, Any]:
     """Like the base class, but omits the initialization if it is flax's.
 
-    Folders that versions without --initialization have written therefore still match.
+    Folders of versions that did not have --initialization therefore still match.
     """
     entries = super().record()
     del entries["initialization"]
@@ -238,7 +238,7 @@ TABLE = table.Layout(
 BARE_TABLE = dataclasses.replace(
   TABLE,
   name="mnist_noise_bare",
-  title="MNIST with wrong labels, as BARE's table was made",
+  title="MNIST with wrong labels, in the setting of BARE's table",
   keys=("noise", "fraction", "pixels", "initialization", "plateau_steps"),
 )
 
@@ -363,8 +363,8 @@ def make_cell(
 def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, Any]:
   """The row of a run in `results.csv`."""
   numbers: tuple[float | None, float | None] = (None, None)
-  # The published value depends on the noise. The flag of the initial parameters may be
-  # given or not, as long as they are those of the released code.
+  # The published value depends on the noise. --initialization may be given or left out,
+  # as long as the initial parameters are those of the released code.
   exempt = ("noise", "noise_fraction", "initialization")
   is_published = settings.initial_distribution == _PUBLISHED_INITIALIZATION
   if is_published and settings.follows(_PROTOCOL, cell.method_name, exempt):

@@ -1151,7 +1151,7 @@ _OTHER_MODULES = {
   "processes": "tests/processes_test.py and tests/training/processes_test.py run it",
   "training": _LOOP,
 }
-# The table calls these modules by another name than the last part of their path.
+# The table calls these modules by a name that is not the last part of their path.
 _SHORT_NAMES = {
   "linearization.engines": "linearization",
   "coresets.selection": "coresets",

@@ -57,7 +57,7 @@ def test_group_means_and_presence():
     ("worst", 5, [0, 1, 0, 0]),
   ],
 )
-def test_by_hand(name, expected, expected_gradient):
+def test_values_and_gradients_by_hand(name, expected, expected_gradient):
   actual, gradient = _both(name)
   np.testing.assert_allclose(actual, expected, rtol=1e-6)
   np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6, atol=1e-7)

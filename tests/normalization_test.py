@@ -16,7 +16,7 @@ _equal_weights = jax.jit(normalization.equal_weights)
 _SCORES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
 
 
-def test_by_hand():
+def test_sum_to_one_and_rectify_by_hand():
   np.testing.assert_allclose(_sum_to_one(jnp.array([1.0, 0.0, 3.0])), [0.25, 0, 0.75])
   np.testing.assert_allclose(_rectify(jnp.array([3.0, -2.0, 1.0])), [0.75, 0, 0.25])
 

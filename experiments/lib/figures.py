@@ -138,7 +138,7 @@ def grouped_bars(
 
 
 def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) -> None:
-  """Draws test accuracies in a panel per setting, with the titles of `setting_title`.
+  """Draws accuracies in a panel per setting, with the titles of `setting_title`.
 
   A panel has a bar for each method, a dot for each run, and a diamond for a published
   value.

@@ -103,7 +103,7 @@ class Cell:
 def folder_name(facts: dict[str, Any], method_name: str) -> str:
   """The name of the folder of a cell, without slashes and braces.
 
-  A value with other characters than those of names and numbers, such as the path of a
+  A value with characters that names and numbers do not have, such as the path of a
   user's data, is replaced by the end of the path and a checksum.
   """
   return "-".join(map(_in_path, _names(facts, method_name)))

@@ -114,7 +114,7 @@ class Flag(NamedTuple):
     aliases: older names of the flag, which still work.
     recorded: whether the value determines the results and is recorded in them.
     recorded_with: name of a flag. The value is recorded only if that flag does not have
-      its default, because folders that older versions have written lack the entry.
+      its default, because folders of older versions lack the entry.
     repeated: whether several strings are given by repeating the flag instead of
       separating them by commas.
   """

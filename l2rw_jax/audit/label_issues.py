@@ -60,7 +60,7 @@ resemble each other. E(W) is therefore the sum of W minus the part of min(W, W^T
 exceeds its median over the pairs; nothing is subtracted for a pair in which one entry
 is more than 2.5 times the other. Then
 
-    x = E(W) / number of examples with another label than c*
+    x = E(W) / number of examples whose label is not c*
     o = (1.5 x / (1 - x))^3                                                         (4)
     number of issues = E(W) + max(E(Q) - E(W), 0) o / (1 + o)
 
@@ -180,7 +180,7 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
     InputError: "mean_probabilities" is missing, the shapes do not match, there are
       fewer than two classes, a label is not an integer or not one of the C classes, no
       example was ever seen, an array is masked, or a distribution has a negative entry
-      or another sum than 1.
+      or does not sum to 1.
     FloatingPointError: a distribution is not finite although its example was seen.
 
   >>> state = statistics_lib.init(num_examples=4, num_classes=2)

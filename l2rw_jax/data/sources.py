@@ -472,7 +472,7 @@ def _readable(folder: pathlib.Path, split: str, size: int) -> Iterator[None]:
       f"the {size} images of {split!r} in {folder} do not fit in memory; take a"
       " slice of the split, such as train[:10%], or --data=stream"
     ) from None
-  # A damaged file can raise any error, also in the decoders of images.
+  # A damaged file can raise any error, even in the decoders of images.
   except Exception as error:
     reason = f"{type(error).__name__}: {str(error).partition(';')[0]}"
     raise base.InputError(_damaged(folder, reason.partition("\n")[0])) from error

@@ -224,7 +224,7 @@ def _common_carry(before, after):
     return before if isinstance(before, MixedError) else after
   if after is None or isinstance(before, MixedError) or before == after:
     return before
-  return MixedError("scan, which moves the examples' axis of its carry")
+  return MixedError("a scan that moves the examples' axis of its carry")
 
 
 def propagate(

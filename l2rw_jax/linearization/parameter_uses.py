@@ -588,7 +588,7 @@ class Plan:
       array, padding_value = inputs
       if padding_value.is_parameter and not array.is_parameter:
         # JAX fails to transpose the derivative with respect to the value alone.
-        error = self._error("a pad, whose padding value is a parameter", eqn, inputs)
+        error = self._error("a pad whose padding value is a parameter", eqn, inputs)
     is_call = eqn.primitive.name in CHECKPOINTS
     if error is None and is_call and any(v.kind == Kind.DATA for v in inputs):
       error = self._error("a jax.checkpoint takes parameters", eqn, inputs)
@@ -664,7 +664,8 @@ class Plan:
     """Adds a barrier and returns its outputs; None if all depend on examples.
 
     Values that do not depend on examples are left out of it. They are computed before
-    the others anyway, and would become values that depend on examples without a use.
+    the others anyway, and the outputs of a barrier count as values that depend on
+    examples, so that later uses of these parameters would not be recorded.
     """
     is_data = [value.kind == Kind.DATA for value in inputs]
     if all(is_data):
@@ -732,7 +733,7 @@ class Plan:
     return self._add_loop(scan, body, rows, carry, args[start:end], after, inputs)
 
   def _spread_all(self, values, axes):
-    """`values`, where a parameter for which there is a batch axis depends on examples.
+    """Makes parameters depend on examples where `axes` has a batch axis.
 
     A loop may start with parameters (a learned initial state) and continue with values
     that depend on examples, or the other way round. Adding zeros with a row per example
@@ -761,7 +762,7 @@ class Plan:
     kind, axis, error = state
     error = error or after.error
     if error is None and after.kind == Kind.DATA and axis != after.axis:
-      error = self._error("scan, which moves the examples' axis", eqn, inputs)
+      error = self._error("a scan that moves the examples' axis", eqn, inputs)
     return max(kind, after.kind), None if error else axis, error
 
   def _add_loop(self, scan, body, rows, carry, before, after, inputs):
@@ -989,7 +990,7 @@ def _flops_of_plan(plan):
 
 
 def flops(eqn: Any) -> int:
-  """FLOPs of an operation, without terms of lower order and those of conditions."""
+  """FLOPs of an operation, without lower-order terms and branches of conditionals."""
   size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
   if eqn.primitive.name == "dot_general":
     (contracted, _), _ = eqn.params["dimension_numbers"]

@@ -365,7 +365,7 @@ def adacore(
     last_layer: whether distances are between gradients of the last layer's weights
       and bias. In this case only the gradients of the logits are averaged. This option
       requires a network with features and excludes `hessian_scope="example"`.
-    budget: how examples are divided among classes, see `coresets.class_budgets`.
+    budget: how the r examples are divided among classes, see `coresets.class_budgets`.
     greedy: "lazy" or "stochastic", see `coresets.select`.
     greedy_epsilon: epsilon of the stochastic greedy algorithm.
     warmup_epochs: number of passes over all examples before the first selection.

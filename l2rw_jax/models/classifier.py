@@ -23,9 +23,9 @@ class Classifier(NamedTuple):
     preprocess: `(images, keys, train) -> images`, a function that scales images and
       augments them in training. `keys` [B] has one key per example (None in
       evaluation). The keys are derived from the "index" of the examples, so the result
-      does not depend on the number of devices. None scales uint8 pixels to [0, 1] and
-      does not change floats (`augmentation.to_float`). If the module has an attribute
-      `takes_tokens` that is True, as `gpt.GPT` has, None does not change its inputs.
+      does not depend on the number of devices. If it is None, uint8 pixels are scaled
+      to [0, 1] and floats are unchanged (`augmentation.to_float`); inputs of a module
+      whose attribute `takes_tokens` is True, such as `gpt.GPT`, are unchanged, too.
     initialize: `(key, params) -> params`, a function that draws the initial parameters
       in place of the module's initializers, such as `initialization.pytorch`.
   """

@@ -19,10 +19,10 @@ def pytorch(key: base.Array, params: base.PyTree) -> base.PyTree:
     key: PRNG key.
     params: parameters of a linen module. A layer is a dictionary with a "kernel"
       [..., *outputs] and possibly a "bias" [*outputs]; the fan-in is the product of the
-      axes of the kernel that the bias does not have. Without a bias, the kernel is that
-      of a dense layer [inputs, outputs] or a convolution [height, width, inputs,
-      outputs]. All other parameters are kept, for example the scales and biases of
-      normalization layers.
+      sizes of those kernel axes that the bias does not have. Without a bias, the kernel
+      is that of a dense layer [inputs, outputs] or a convolution
+      [height, width, inputs, outputs]. All other parameters are kept, for example the
+      scales and biases of normalization layers.
 
   Returns:
     New parameters of the same structure, shapes and types, in nested dictionaries.
@@ -53,10 +53,10 @@ def _fan_in(path, kernel, bias):
     num_axes in (1, 3) if bias is None else kernel.shape[num_axes:] == bias.shape
   )
   if not is_known:
-    shape = None if bias is None else bias.shape
+    given = "and it has no bias" if bias is None else f"its bias {bias.shape}"
     raise base.InputError(
       f"the fan-in of layer {'/'.join(path)} is unknown: its kernel has shape"
-      f" {kernel.shape}, its bias {shape}. Map stacked"
-      " layers with jax.vmap, and give convolutions of 1 or 3 dimensions a bias."
+      f" {kernel.shape}, {given}. Map stacked layers with jax.vmap, and give"
+      " convolutions of 1 or 3 dimensions a bias."
     )
   return math.prod(kernel.shape[:num_axes])

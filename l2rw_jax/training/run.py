@@ -206,9 +206,10 @@ class Run:
     or the method has `refresh` or `sample`.
 
     Returns:
-      The number of steps: `steps_per_call` (or all steps of a shorter epoch), or 1 if
-      fewer steps remain before the host has to log, evaluate or save, or, if it acts
-      between epochs, before the next epoch.
+      The number of steps: `steps_per_call`, or 1 if fewer steps remain before the host
+      has to log, evaluate or save. If the host has to act between epochs, no call
+      crosses the end of an epoch, and an epoch that is shorter than `steps_per_call` is
+      one call.
 
     Raises:
       InputError: the method's `sample` returns rows that do not exist or do not fill a

@@ -115,7 +115,7 @@ def train_step(
     The new state, and the output of the step.
 
   Raises:
-    InputError: the optimizer needs other arguments than `params` and `value`.
+    InputError: the optimizer needs arguments other than `params` and `value`.
   """
   inputs = base.Inputs(
     params=state.params,

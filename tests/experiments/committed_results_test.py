@@ -56,7 +56,7 @@ PUBLISHED = {
   "mnist_imbalance": lambda method, setting: published.MNIST_IMBALANCE.get(
     method, {}
   ).get(setting["majority"]),
-  # The committed runs of mnist_noise have another schedule than the paper.
+  # The committed runs of mnist_noise have a different schedule from the paper's.
   "mnist_noise_bare": lambda method, setting: (
     published.MNIST_NOISE.get((setting["noise"], setting["fraction"]), {}).get(method)
     if [setting[k] for k in ("preset", "pixels", "initialization")]

@@ -46,7 +46,7 @@ def run(tmp_path_factory):
     "--num_seeds=2",
     "--noise_fraction=0.5",
     f"--methods={','.join(_METHODS)}",
-    "--mwn_preset=bare",  # Its weighting network has other widths than the default.
+    "--mwn_preset=bare",  # Its weighting network has different widths from the default.
     "--mentor=mentor.json",
     "--dump_losses",
     cwd=cwd,

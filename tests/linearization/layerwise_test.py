@@ -274,7 +274,7 @@ _MIXING = {
   ),
   "transpose": (lambda p, x: (x @ p).reshape(2, _B).T.sum(1), "reshape, which"),
   "scan": (_scan_over_examples, "scan, which goes through the examples"),
-  "scan, transposed": (_scan_with_transposed_carry, "scan, which moves the examples"),
+  "scan, transposed": (_scan_with_transposed_carry, "scan that moves the examples"),
   "cond": (
     lambda p, x: jax.lax.cond(p[0, 0] > 0, lambda h: h, jnp.sin, x @ p).sum(1),
     "cond, which is not known to keep",
@@ -283,7 +283,7 @@ _MIXING = {
     lambda p, x: jnp.tanh(jnp.reshape(x @ jnp.tile(p, 3), (_B, _B), order="F")).sum(0),
     "reshape, which mixes",
   ),
-  "padding": (_padded, "pad, whose padding value is a parameter"),
+  "padding": (_padded, "pad whose padding value is a parameter"),
   "rule": (lambda p, x: _coupled(x @ p).sum(1) * 2, "which mixes"),
   "no batch": (lambda p, x: jnp.ones((_B, 4)) @ p.sum(1), "row by row"),
 }

@@ -179,7 +179,7 @@ def test_axes_may_be_sharded_over_an_explicit_mesh(axis):
   ],
   ids=str,
 )
-def test_wrong_arguments_have_the_errors_of_jax(wrong):
+def test_wrong_arguments_raise_the_errors_of_jax(wrong):
   arguments = {
     "lhs": np.ones((2, 9, 8, 3)),
     "rhs": np.ones((3, 3, 3, 4)),

@@ -90,7 +90,7 @@ def test_zero_features_have_zero_cosines_and_finite_gradients():
   assert np.isnan(_cosine(features.at[0, 0].set(jnp.nan), kernel)[0]).all()
 
 
-def test_weights_are_in_float32_also_under_x64(x64):
+def test_weights_are_in_float32_even_under_x64(x64):
   features = jnp.ones((2, 4), jnp.bfloat16)
   cosines, variables = split.Cosine(3).init_with_output(jax.random.key(0), features)
   assert cosines.dtype == variables["params"]["kernel"].dtype == jnp.float32

@@ -209,7 +209,7 @@ def moving_percentile(
 def check_percentile(percentile: float) -> None:
   """Raises InputError for a percentile outside [0, 100], in (0, 1), or traced.
 
-  A percentile in (0, 1) is likely a fraction, such as 0.75 in place of 75.
+  A percentile in (0, 1) is likely a fraction, such as 0.75 instead of 75.
   """
   percentile = base.known_setting("percentile", percentile)
   _check_range("percentile", percentile, 0, 100)
@@ -417,7 +417,7 @@ def mentornet(
     if base.is_traced(weight_decay) or weight_decay:
       grads = _add_decay(grads, inputs.params, weight_decay * mean_weight)
     metrics = {"percentile": moving, "mean_weight": mean_weight}
-    # The state keeps its type, also for losses in float64.
+    # The state keeps its type, even for losses in float64.
     moving = moving.astype(state.dtype)
     return base.Gradients(grads, weights, losses, linearized.aux, metrics), moving
 

@@ -22,7 +22,8 @@ def test_validation_images_are_a_tenth_of_each_class_of_the_training_images():
   counts = np.bincount(whole.labels, minlength=10)
   np.testing.assert_array_equal(np.bincount(validation.labels), counts // 10)
   assert len(rest.labels) + len(validation.labels) == len(whole.labels)
-  # All digits are different images, so the parts are disjoint if they are complete.
+  # No two digits are the same image, so the two parts are disjoint if together they are
+  # equal to the training set.
   images = np.concatenate([rest.images, validation.images]).reshape(
     len(whole.labels), -1
   )
@@ -34,12 +35,10 @@ def test_validation_images_are_a_tenth_of_each_class_of_the_training_images():
 
 
 def test_the_test_set_is_not_read():
-  digits, names = sources.load("digits", "test"), {}
-  for part in ("train", "test"):
-    names[part] = _settings(evaluate_on="validation").load(part)
-  tests = {bytes(image) for image in digits.images}
-  for part in names.values():
-    assert not tests.intersection(map(bytes, part.images))
+  test_images = {bytes(image) for image in sources.load("digits", "test").images}
+  for split in ("train", "test"):
+    source = _settings(evaluate_on="validation").load(split)
+    assert not test_images.intersection(map(bytes, source.images))
 
 
 def test_the_rows_do_not_depend_on_the_order_of_calls_and_are_the_same_for_all_seeds():
@@ -64,7 +63,7 @@ def test_a_set_without_validation_images_is_refused(monkeypatch):
 
 
 def test_the_default_is_not_recorded():
-  # Folders that older versions have written can be continued.
+  # Runs that older versions have started can therefore be continued.
   assert "evaluate_on" not in _settings().record()
   assert _settings(evaluate_on="validation").record()["evaluate_on"] == "validation"
 
@@ -80,7 +79,7 @@ def test_results_say_that_they_are_for_validation_images(tmp_path, capsys):
   )
   (row,) = mnist_long_tail.run(settings, tmp_path)
   assert row["evaluate_on"] == "validation"
-  # A validation set of 126 images and no other set gives such accuracies.
+  # The accuracy is a multiple of 1 / 126, the number of validation images.
   correct = row["accuracy_percent"] / 100 * len(settings.load("test").labels)
   assert correct == pytest.approx(round(correct), abs=1e-4)
   printed = capsys.readouterr().out
