@@ -351,7 +351,7 @@ def _divided_by_norm(x: base.Array) -> base.Array:
 def averaged_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
   """Keeps a weight for every example, and averages the gradients of the meta batches.
 
-  It differs from `kept_weights` in four points. The derivative of the meta loss with
+  It differs from `kept_weights` in several points. The derivative of the meta loss with
   respect to a weight is taken at z, without a look-ahead. The gradient of the meta loss
   is a moving average over the meta batches, with a decay of 0.99. Each gradient is
   divided by its norm before it is averaged, so that a clean image with a pixel that is

@@ -64,8 +64,8 @@ class Settings(trusted.Settings, runner.Settings):
   noise: str = flag("uniform_flip", choices=["uniform_flip", "background_flip"])
   noise_fraction: float = flag(
     0.4,
-    "Share of the training labels to flip. With --noise=background_flip, flipped labels"
-    " of the background class stay right.",
+    "Share of the training labels to flip. With --noise=background_flip, labels are"
+    " changed to the background class, so images of that class keep their true label.",
   )
   num_meta: int = flag(5)
   num_steps: int = flag(3000)

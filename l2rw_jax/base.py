@@ -526,7 +526,7 @@ def entry(batch: Batch, key: str, method: str) -> Any:
 def host_or_jax_array(values: Any) -> Any:
   """Returns JAX arrays unchanged, and all other values as NumPy arrays.
 
-  Unlike JAX without x64, NumPy keeps integers of 64 bits.
+  Unlike JAX without x64, NumPy keeps 64-bit integers.
 
   Raises:
     InputError: the values are a masked array.

@@ -20,7 +20,7 @@ from l2rw_jax.data import sources
 
 # With this offset, 29% of 100 images are 29, although 0.29 * 100 is below 29.
 _ROUNDING = 1e-6
-# KMeans takes only seeds of 32 bits.
+# KMeans takes only 32-bit seeds.
 _SEEDS = 2**32
 
 

@@ -281,7 +281,7 @@ def different_rows(name: str, rows: Any, size: int) -> np.ndarray:
 
   Args:
     name: name of the argument.
-    rows: different integers from 0 to `size` - 1, or a bool for each row.
+    rows: distinct integers from 0 to `size` - 1, or a bool for each row.
     size: number of rows that exist.
 
   Raises:
@@ -300,7 +300,7 @@ def different_rows(name: str, rows: Any, size: int) -> np.ndarray:
     or (rows.size and not 0 <= rows.min() <= rows.max() < size)
   ):
     raise base.InputError(
-      f"{name} must be different integers from 0 to {size - 1}, or {size} bools"
+      f"{name} must be distinct integers from 0 to {size - 1}, or {size} bools"
     )
   return np.sort(rows)
 
@@ -550,8 +550,8 @@ def integers(what: str, values: Any) -> np.ndarray:
   fits &= wide == np.where(fits, wide, 0).astype(np.int64)
   if not fits.all():
     raise base.InputError(
-      f"{what} must be integers of 32 bits; {np.sum(~fits)} are not, the first is"
-      f" {wide[~fits].flat[0]}"
+      f"{what} must be integers that fit into 32 bits; {np.sum(~fits)} are not, the"
+      f" first is {wide[~fits].flat[0]}"
     )
   return array.astype(np.int32)
 

@@ -168,7 +168,7 @@ def advisor(
 def _check_split(problem):
   if problem.features is None or problem.head is None or problem.num_features is None:
     raise base.InputError(
-      "the advisor gates features: it needs a network with methods features and head"
-      " and a num_features, like those of l2rw_jax.models; choose another method or"
-      " split the network."
+      "the advisor gates features: it needs a network with the methods features and"
+      " head and the attribute num_features, like those of l2rw_jax.models; choose"
+      " another method or split the network."
     )

@@ -228,8 +228,8 @@ def _head_leaves(problem, params):
   if problem.head is None or problem.num_features is None:
     raise base.InputError(
       "classifier_retraining trains the last layer alone: it needs a network with"
-      " methods features and head and a num_features, like those of l2rw_jax.models;"
-      " choose another method or split the network."
+      " the methods features and head and the attribute num_features, like those of"
+      " l2rw_jax.models; choose another method or split the network."
     )
   features = jax.ShapeDtypeStruct((1, problem.num_features), jnp.result_type(float))
   # The features of a network may have another type, which does not matter here.

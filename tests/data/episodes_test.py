@@ -159,7 +159,7 @@ def test_tasks_are_kept_by_a_mask():
 @pytest.mark.parametrize("tasks", [[3, 3], [-1], [40], [0.5], [True], [[1]]])
 def test_invalid_numbers_of_tasks_to_keep_are_refused(tasks):
   with pytest.raises(
-    base.InputError, match="tasks must be different integers from 0 to"
+    base.InputError, match="tasks must be distinct integers from 0 to"
   ):
     episodes.keep_tasks(_make(), tasks)
 

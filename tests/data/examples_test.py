@@ -359,7 +359,7 @@ def test_rows_to_keep_are_different_integers_or_bools():
   kept = examples_lib.keep_train(splits, np.arange(20) < 3)
   np.testing.assert_array_equal(kept.train.image[:, 0], [0, 1, 2])
   for rows in ([0, 20], [-1], [1, 1], [0.5], np.ones(3, bool), [[1]]):
-    with pytest.raises(base.InputError, match="different integers from 0 to 19"):
+    with pytest.raises(base.InputError, match="distinct integers from 0 to 19"):
       examples_lib.keep_train(splits, rows)
 
 

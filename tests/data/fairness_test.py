@@ -148,7 +148,7 @@ def test_invalid_arguments_raise(options, message):
 
 
 def test_numbers_that_are_not_pixels_are_not_inverted():
-  # Standardized columns of a table, or pixels of 16 bits.
+  # Standardized columns of a table, or 16-bit pixels.
   for change in (lambda x: x - 0.5, lambda x: 65535 * x):
     train, test = (
       part._replace(images=change(part.images))

@@ -383,7 +383,7 @@ def test_wrong_number_of_classes_raises(data_dir, number):
   path = data_dir / "tiny" / "1.0.0" / "features.json"
   change(path, '"numClasses": "3"', f'"numClasses": "{number}"')
   message = f"features.json lists {number} classes of label, .* largest label .* is 2"
-  # Names of more classes would not help if there are too few.
+  # Listing class names is advised only if features.json has too many classes.
   advice = {"2": "there$", "4": "there, or list the names of all classes"}[number]
   assert_raises(f"{message}; correct numClasses {advice}", data_dir)
   if number == "4":  # Classes with names need no examples.
@@ -441,7 +441,7 @@ def test_unsupported_features_raise(data_dir, monkeypatch):
   assert_raises(
     "not an image classification set.*has image, label", data_dir, "unlabeled"
   )
-  # Whether a large set fits in memory can be asked only for images of one shape.
+  # Whether a large set fits in memory is known only if all images have one shape.
   monkeypatch.setattr(sources, "_SMALL_FILES", 0)
   with pytest.raises(base.InputError, match=r"one shape.*\(None, 5, 3\)"):
     sources.load("ragged", "train", data_dir=data_dir, in_memory=None)

@@ -100,7 +100,7 @@ def test_values_of_parameters_alone_are_not_activations_but_random_masks_are():
   assert ratios == [4 * x.size / (16 * 16 + 16)]
 
 
-def test_the_zero_has_one_type_in_double_precision():
+def test_zero_after_is_float32_in_double_precision():
   with jax.enable_x64(True):
     for first in (jnp.arange(2), jnp.ones(2)):
       assert ordering.zero_after(first).dtype == jnp.float32
@@ -146,7 +146,7 @@ def test_programs_grow_linearly_with_the_number_of_parameter_arrays(options):
   assert many - some <= 1.1 * (some - few)
 
 
-def test_a_program_is_at_most_five_times_that_of_plain_training():
+def test_a_program_is_less_than_five_times_that_of_plain_training():
   x = jax.ShapeDtypeStruct((8, 4), jnp.float32)
 
   def plain(params, x):
@@ -167,7 +167,7 @@ def test_after_explicitly_sharded_arrays():
       )
 
 
-def test_arrays_that_jax_does_not_have_are_unchanged():
+def test_values_that_jax_does_not_support_are_unchanged():
   then = {"file": np.array(["a", "b"]), "any": np.array([None, 1]), "name": "training"}
   assert ordering.after(jnp.ones(2), then) == then
 

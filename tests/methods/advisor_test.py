@@ -163,5 +163,5 @@ def test_network_without_features_is_refused():
 
   model = classifier.Classifier(Whole(_C, (4,)), _C)
   problem = model.problem(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
-  with pytest.raises(base.InputError, match="methods features and head"):
+  with pytest.raises(base.InputError, match="the methods features and head"):
     advisor.advisor(0.1).init(jax.random.key(0), problem, {})

@@ -515,7 +515,7 @@ def test_classifier_retraining_restarts_only_if_asked_to():
 
 
 def test_classifier_retraining_needs_a_separate_last_layer():
-  with pytest.raises(base.InputError, match="it needs a network with methods features"):
+  with pytest.raises(base.InputError, match="network with the methods features"):
     _RETRAINING.init(jax.random.key(0), _PROBLEM, _PARAMS)
 
 

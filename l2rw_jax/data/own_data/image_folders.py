@@ -18,7 +18,7 @@ from l2rw_jax.data.own_data import csv_files
 # images, in a fraction of the time.
 _LARGEST_SIDE = 64
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
-# If a file of 16 bits has an image of 12 bits, no pixel exceeds this after the
+# If a 16-bit file has a 12-bit image, no pixel exceeds this after the
 # conversion to 8 bits.
 _BRIGHTEST_OF_12_BITS = 16
 # Folders with these names are parts of a data set, not classes.
@@ -310,7 +310,7 @@ def decode(
 def _note_dark_images(brightest: list[int], notes: list[str]) -> None:
   """Appends a note if all images from files of more than 8 bits are nearly black.
 
-  Cameras and scanners often store 10 or 12 bits in files of 16 bits.
+  Cameras and scanners often store 10 or 12 bits in 16-bit files.
 
   Args:
     brightest: the largest value of each of these images, of 255.
@@ -350,5 +350,7 @@ def _image_form(
     )
   num_gray = sum(h.is_gray for h in headers.values())
   if 0 < num_gray < len(headers):
-    notes.append(f"gray images: {num_gray} of {len(headers)}; all were made RGB.")
+    notes.append(
+      f"gray images: {num_gray} of {len(headers)}; all were converted to RGB."
+    )
   return (height, width), 1 if num_gray == len(headers) else 3

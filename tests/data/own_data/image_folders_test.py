@@ -59,14 +59,14 @@ def test_images_of_different_sizes_and_modes_are_converted_and_noted(folder):
   np.testing.assert_array_equal(pixels["cat/deep.png"], [156, 156, 156])  # 40,000 / 257
   assert data.notes == (
     "images that were resized to 6 x 4 pixels: 1 of 24 (2 sizes).",
-    "gray images: 22 of 24; all were made RGB.",
+    "gray images: 22 of 24; all were converted to RGB.",
   )
   small = own_data.read(f"images:{folder}", image_size=8)
   assert small.features.shape == (24, 8, 8, 3)
 
 
 @pytest.mark.parametrize(("largest", "is_noted"), [(4095, True), (16_383, False)])
-def test_images_of_12_bits_in_16_are_noted(folder, largest, is_noted):
+def test_12_bit_images_in_16_bit_files_are_noted(folder, largest, is_noted):
   user_files.save_image(folder / "cat" / "black.png", 0, mode="I;16")
   user_files.save_image(folder / "cat" / "deep.png", largest, mode="I;16")
   notes = own_data.read(f"images:{folder}").notes
@@ -221,7 +221,7 @@ def test_an_exported_list_has_the_files_and_classes_of_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [("train", "val"), ("Training", "Testing")])
-def test_parts_are_not_classes(folder, tmp_path, parts):
+def test_train_and_test_folders_are_not_classes(folder, tmp_path, parts):
   for part in parts:
     os.makedirs(tmp_path / "all" / part)
     (tmp_path / "all" / part / "cat").symlink_to(folder / "cat")
@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_read(folder, monkeypatch):
     own_data.read(f"images:{folder}")
 
 
-def test_parts_of_a_folder(folder, tmp_path):
+def test_a_folder_with_train_and_test_folders(folder, tmp_path):
   (tmp_path / "both").mkdir()
   folder.rename(tmp_path / "both" / "train")
   user_files.save_image(tmp_path / "both" / "test" / "dog" / "t.png", 5)
