@@ -43,7 +43,8 @@ def draw(tables: Sequence[table_lib.Table], path: pathlib.Path) -> bool:
     path: the PNG file.
 
   Returns:
-    Whether a file was written. It is not if no published value has a measured one.
+    Whether a file was written; False if there is no pair of a published and a measured
+    value.
   """
   panels = [p for table in tables for p in _panels(table)]
   if not panels:

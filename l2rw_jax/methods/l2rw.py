@@ -38,9 +38,9 @@ Other weights can be computed from the same scores with `normalize`, for instanc
 `normalization.equal_weights`.
 
 Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by default. A
-score is the difference of nearly equal numbers, so a small score can change its sign.
-Wrap the call in `jax.default_matmul_precision("float32")` to get scores that agree with
-the CPU to 1e-5.
+score is a sum of terms that largely cancel, so rounding can change the sign of a small
+score. Wrap the call in `jax.default_matmul_precision("float32")` to get scores that
+agree with the CPU to 1e-5.
 
 References:
   Ren, Zeng, Yang, Urtasun, "Learning to Reweight Examples for Robust Deep

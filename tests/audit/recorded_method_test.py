@@ -207,7 +207,7 @@ def test_a_step_that_is_not_finite_records_nothing(method):
 
 
 @pytest.mark.slow
-def test_l2rw_without_reweighting_trains_plainly_and_reports_scores(tmp_path):
+def test_l2rw_without_reweighting_is_plain_training_and_reports_scores(tmp_path):
   methods = {
     "plain": baselines.uniform(),
     "measured": audit.recording(l2rw.l2rw(reweight=False)),

@@ -33,7 +33,7 @@ def test_rows_of_a_layer(tmp_path, monkeypatch):
     assert [row["part"] for row in csv.DictReader(opened)] == [r["part"] for r in rows]
 
 
-def test_all_numbers_of_blocks_compute_the_same():
+def test_results_do_not_depend_on_the_number_of_blocks():
   given = convolution_blocks.arguments(*convolution_blocks.LAYERS[_LAYER], 2)
   one, two = (convolution_blocks.make_layer(size, given) for size in (2**20, 2**14))
   assert (one.num_blocks, two.num_blocks) == (1, 2)

@@ -70,7 +70,7 @@ def _losses(params, x):
 @pytest.mark.slow(unless=("5",))
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("size", [_B, 40])
-def test_both_orders_equal_weights_and_then_a_gradient(size):
+def test_both_orders_give_the_results_of_separate_calls(size):
   """With a batch of 5, only the wide parameters take more memory than activations.
 
   With a batch of 40, activations always take more.

@@ -155,7 +155,7 @@ def _mapped(params, x):
   return (outputs.sum(0) ** 2).sum(1)
 
 
-def _by_hand(losses_fn):
+def _plain_network(losses_fn):
   """`losses_fn`, random parameters for the functions above, and inputs [_B, 4]."""
   params = {
     "first": _array(4, _D, seed=1),
@@ -246,15 +246,15 @@ def _reset(params, x):
 
 
 _NETWORKS = {
-  "stacked": lambda: _by_hand(_stacked),
-  "penalized": lambda: _by_hand(_penalized),
-  "nested": lambda: _by_hand(_nested),
-  "indexed": lambda: _by_hand(_indexed),
-  "mapped": lambda: _by_hand(_mapped),
-  "attentive": lambda: _by_hand(_attentive),
-  "recomputed": lambda: _by_hand(_recomputed),
-  "adapted": lambda: _by_hand(_adapted),
-  "reset": lambda: _by_hand(_reset),
+  "stacked": lambda: _plain_network(_stacked),
+  "penalized": lambda: _plain_network(_penalized),
+  "nested": lambda: _plain_network(_nested),
+  "indexed": lambda: _plain_network(_indexed),
+  "mapped": lambda: _plain_network(_mapped),
+  "attentive": lambda: _plain_network(_attentive),
+  "recomputed": lambda: _plain_network(_recomputed),
+  "adapted": lambda: _plain_network(_adapted),
+  "reset": lambda: _plain_network(_reset),
   "language": lambda: _with_random_params(_language),
   "recurrent": lambda: _with_random_params(_recurrent),
 }
@@ -309,7 +309,7 @@ def test_layerwise_equals_forward_mode(name):
 @pytest.mark.slow
 def test_recomputed_layers_are_accurate_in_half_precision():
   """Compared with float32, the error is less than twice that of forward mode."""
-  _, params, x = _by_hand(_recomputed)
+  _, params, x = _plain_network(_recomputed)
   params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))
   plain = functools.partial(_recomputed, attention=_attention.__wrapped__)
 
@@ -333,7 +333,7 @@ def test_recomputed_layers_are_accurate_in_half_precision():
 
 
 def test_auto_takes_the_cheapest_engine_that_supports_the_model():
-  _, params, x = _by_hand(_recomputed)
+  _, params, x = _plain_network(_recomputed)
   params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))
 
   def engine(losses_fn):
@@ -347,7 +347,7 @@ def test_auto_takes_the_cheapest_engine_that_supports_the_model():
   assert engines == ["layerwise", "layerwise", "forward"]
 
 
-def test_auto_recomputes_the_layers_for_each_derivative_if_few_are_recomputed():
+def test_auto_takes_the_layerwise_engine_if_the_model_recomputes_little():
   params = {"kernels": jnp.ones((3, 64, 64)), "scales": jnp.ones((3, 64))}
   x = jnp.ones((_B, 64))
 

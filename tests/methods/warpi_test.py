@@ -67,7 +67,7 @@ def test_losses_not_probabilities_are_averaged_over_draws():
 
 
 @pytest.mark.parametrize(("num_classes", "size"), [(10, 14_320), (100, 60_400)])
-def test_released_sizes(num_classes, size):
+def test_network_has_the_released_sizes(num_classes, size):
   net = warpi.RectifierNet(num_classes)
   phi = jax.eval_shape(
     net.init,
