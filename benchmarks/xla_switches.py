@@ -109,7 +109,7 @@ def measure(switch: str, layout: str, batch_size: int, repeats: int) -> dict[str
 
 
 def make_rows(settings: Settings) -> list[dict[str, Any]]:
-  """A row for each switch and layout; ratios compare it with no switch, same layout."""
+  """A row for each switch and layout; ratios are to that layout without a switch."""
   switches = list(dict.fromkeys(("", *settings.switches)))
   cases = [(switch, layout) for layout in settings.layouts for switch in switches]
   measured: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in cases}

@@ -54,7 +54,7 @@ def class_budgets(
 
   Raises:
     InputError: `size` is not an integer or out of range, `budget` is unknown, or the
-      counts are not integers of at least 0, at least one of them above 0.
+      counts are not non-negative integers, or all are 0.
 
   >>> print(class_budgets([50, 30, 2], 8), class_budgets([50, 30, 2], 8, "equal"))
   [4 3 1] [3 3 2]
@@ -80,7 +80,7 @@ def class_budgets(
   if not present <= size <= counts.sum():
     raise base.InputError(
       f"cannot choose size={size} of {counts.sum()} examples in {present} classes:"
-      " it must be at least one for each class and at most all of them."
+      f" size must lie between {present} and {counts.sum()}."
     )
   targets = size * counts / counts.sum()
   if budget == "equal":
@@ -175,7 +175,7 @@ def select(
     is_divisor = np.isfinite(scale) & (np.abs(scale) >= smallest)
     if scale.shape != shape or not is_divisor.all():
       raise base.InputError(
-        f"select: scale must be finite numbers other than 0 of shape {shape}, at least"
+        f"select: scale must be finite nonzero numbers of shape {shape}, at least"
         f" {smallest:.3g} in magnitude; got shape {scale.shape}."
       )
   try:

@@ -213,7 +213,7 @@ _EYE, _TWO_CLASSES = np.eye(3), [0, 0, 1]
     (
       (_EYE, _TWO_CLASSES, 2),
       {"features": np.ones((3, 2)), "scale": np.zeros((3, 3))},
-      "scale must be finite numbers other than 0",
+      "scale must be finite nonzero numbers",
     ),
     (
       (_EYE, _TWO_CLASSES, 2),

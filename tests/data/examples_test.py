@@ -267,7 +267,7 @@ def test_float_images_in_a_file_are_checked_in_blocks(monkeypatch):
     examples_lib.check_images([[1.0]], "rows")
 
 
-def test_sources_of_rows_are_not_read_to_make_splits():
+def test_row_sources_are_not_read_to_make_splits():
   """The parts equal those of arrays; only the meta set is read into memory."""
   rng = np.random.default_rng(0)
   rows = {"train": [7, 1, 5], "meta": [0, 2], "validation": [3], "test": [4, 6]}
@@ -352,7 +352,7 @@ def test_the_default_test_set_consists_of_training_examples():
   np.testing.assert_array_equal(test.image, x[test.source_index])
 
 
-def test_rows_to_keep_are_different_integers_or_bools():
+def test_rows_to_keep_are_distinct_integers_or_bools():
   x, y = np.arange(20.0)[:, None], np.arange(20) % 2
   splits = examples_lib.from_arrays((x, y))
   assert not len(examples_lib.keep_train(splits, []).train.label)

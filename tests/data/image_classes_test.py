@@ -212,7 +212,7 @@ def test_an_image_that_cannot_be_read_is_an_error(folder):
     assert file.name in str(caught.value) and "\n" not in str(caught.value)
     file.unlink()
 
-  assert_raises(folder / "train" / "lost.png", "is not in a class")
+  assert_raises(folder / "train" / "lost.png", "is not in a class folder")
   assert_raises(inner / "y.webp", "has a format that cannot be read")
   valid = (inner / "x.PNG").read_bytes()
   # Empty, cut off, and with a broken header.
@@ -225,7 +225,7 @@ def test_an_image_that_cannot_be_read_is_an_error(folder):
     image_classes.image_folder(folder / "train", "../val", size=4)
 
 
-def test_splits_with_other_classes_raise(folder):
+def test_splits_with_different_classes_raise(folder):
   train = image_classes.image_folder(folder, "train", size=4)
   (folder / "val" / "black").mkdir()
   (folder / "val" / "lime").mkdir()

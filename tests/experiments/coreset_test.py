@@ -160,8 +160,8 @@ _MISTAKES = {
   "fraction_nan": (["--fraction=nan"], "--fraction=nan is not a finite number"),
   "few": (
     ["--fraction=0.005"],
-    "--fraction=0.005: cannot choose size=6 of 1297 examples in 10 classes: it must be"
-    " at least one for each class and at most all of them. Raise --fraction.",
+    "--fraction=0.005: cannot choose size=6 of 1297 examples in 10 classes: size"
+    " must lie between 10 and 1297. Raise --fraction.",
   ),
   "batch": (
     ["--fraction=0.01", "--batch_size=20"],

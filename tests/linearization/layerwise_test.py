@@ -435,7 +435,7 @@ def test_python_numbers_in_a_batch_are_supported(compiled):
   np.testing.assert_allclose(gradient, 2 * np.arange(4.0)[:, None] * np.ones((4, 2)))
 
 
-def test_a_batch_with_other_values_than_arrays_uses_forward_mode():
+def test_a_batch_with_values_that_are_not_arrays_uses_forward_mode():
   def losses_fn(params, batch):
     assert batch["name"] == "training"
     return (batch["x"] @ params).sum(1) if batch["train"] else None

@@ -201,7 +201,7 @@ def test_another_rule_can_turn_scores_into_weights():
     _squared_errors, params, batch, clean, normalize=normalize
   )
   positive = np.asarray(info.scores) > 0
-  assert 0 < positive.sum() < 4, "the example cannot fail"
+  assert 0 < positive.sum() < 4, "some scores must be positive and some negative"
   np.testing.assert_allclose(info.weights, positive / positive.sum(), rtol=1e-6)
 
   drop_in = l2rw_jax.weighted_value_and_grad(_squared_errors, normalize=normalize)
@@ -468,7 +468,7 @@ def test_empty_meta_batch_is_refused_under_jit():
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 2}])
-def test_a_forgotten_direction_is_named(options):
+def test_without_meta_batch_the_error_suggests_direction(options):
   params, batch, _ = _regression(4)
   value_and_grad = l2rw.weighted_value_and_grad(_squared_errors, **options)
   message = r"meta_batch is None: .* l2rw\.meta_direction as direction="

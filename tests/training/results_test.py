@@ -61,7 +61,7 @@ def test_hash_depends_on_the_parameters(tmp_path):
   assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_statistics_of_every_name_and_type_come_back(tmp_path):
+def test_statistics_of_every_name_and_type_are_read_back(tmp_path):
   def report(_):
     values = np.arange(toy_runs.NUM_TRAIN)
     return {"file": values, "allow_pickle": jnp.asarray(values, jnp.bfloat16)}
