@@ -13,7 +13,7 @@ is taken with the weighted gradient g(w) = J^T w of a batch (see `linearization`
     network gradient  dM/dphi = (dw/dphi)^T (dM/dw)       if phi parameterizes w
 
 Some optimizers (optax's `polyak_sgd`, for instance) also use `value`, the inner loss
-sum_i w_i l_i; for all others, dM/d value is 0. Up to rounding, this equals the
+sum_i w_i l_i; for all others, dM/d value is 0. Up to rounding, dM/dw equals the
 derivative of the unrolled step, which is the definition (`unrolled_weight_gradient`),
 at about half the cost. No collective is differentiated: the gradient of the meta loss
 is averaged over devices first, and an objective is differentiated with respect to
@@ -542,7 +542,7 @@ def through_value(
   if direction.value_slope is None:
     return jnp.zeros_like(derivative)
   slope = base.local(direction.value_slope, axis_name).astype(derivative.dtype)
-  is_used = slope != 0  # Also for NaN.
+  is_used = slope != 0  # True for NaN, too.
   return jnp.where(is_used, slope * derivative, jnp.zeros_like(derivative))
 
 
@@ -609,8 +609,8 @@ def network_gradient(
   weight_gradient = jnp.asarray(weight_gradient)
   if jnp.shape(weights) != weight_gradient.shape:
     raise base.InputError(
-      f"weights_fn must return one weight for each of {weight_gradient.shape} weight"
-      f" gradients; got shape {jnp.shape(weights)}."
+      "weights_fn must return one weight for each weight gradient, shape"
+      f" {weight_gradient.shape}; got {jnp.shape(weights)}."
     )
   base.check_finite("weight gradients dM/dw", weight_gradient, axis_name)
   base.check_finite("weights", weights, axis_name, ": check phi and the losses")

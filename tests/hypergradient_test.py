@@ -523,7 +523,7 @@ def test_parameters_that_cannot_be_trained_are_refused():
 
 @pytest.mark.parametrize("shape", [(_B, 1), ()])
 def test_weights_of_another_shape_are_refused(shape):
-  with pytest.raises(base.InputError, match=r"one weight for each of \(5,\) weight"):
+  with pytest.raises(base.InputError, match=r"for each weight gradient, shape \(5,\)"):
     hypergradient.network_gradient(
       lambda phi: phi * jnp.ones(shape), jnp.ones(()), np.ones(_B)
     )

@@ -171,7 +171,7 @@ def test_a_mentor_is_a_curriculum():
   method = mentornet.mentornet(mentor, percentile=50, decay=0.0)
   result, percentile = method.gradients(jnp.array(0.0), problem, inputs)
   np.testing.assert_allclose(percentile, 0.7)
-  # A mentor without classes gets label 0, at percent 40 of the run.
+  # A mentor without classes gets label 0. The step is at 40% of the run.
   differences, labels, epochs = _LOSSES - 0.7, np.zeros(3, int), np.full(3, 40)
   expected = _sigmoid(
     np.array(
