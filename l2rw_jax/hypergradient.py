@@ -167,9 +167,9 @@ def lookahead_params(
     Parameters, shaped like `params`.
 
   Raises:
-    InputError: the update of the optimizer needs other arguments, does not accept
-      `value` although it accepts additional arguments, or takes the gradient of a part
-      of its parameters (`optax.lookahead`).
+    InputError: the update of the optimizer needs arguments other than `params` and
+      `value`, does not accept `value` although it accepts additional arguments, or
+      takes the gradient of a part of its parameters (`optax.lookahead`).
   """
   value = jnp.zeros(()) if value is None else value
   updates, _ = update(optimizer, gradient, opt_state, params, value, "look-ahead")

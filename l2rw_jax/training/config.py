@@ -52,7 +52,7 @@ class Config:
     num_steps: number of updates.
     batch_size: B, over all devices.
     meta_batch_size: M, over all devices; the whole meta set if None.
-    seeds: one run is trained for each of these different integers, which lie between 0
+    seeds: one run is trained for each of these distinct integers, which lie between 0
       and 2^32 - 1. The seed determines the initialization, the order of the batches and
       the random numbers of the method.
     log_every: number of steps between two rows of training metrics. A row is also
@@ -101,14 +101,14 @@ class Config:
     self._set(
       "data_workers", base.check_integer("--data_workers", self.data_workers, 0)
     )
-    # NumPy integers are not JSON.
     given: Any = self.seeds
     if np.ndim(given) == 0:
       raise base.InputError(f"seeds={given} must be a sequence, such as (0,).")
+    # These are Python integers, because JSON does not have NumPy's.
     seeds = tuple(base.check_integer("each of the seeds", s, 0) for s in given)
     if not seeds or len(set(seeds)) < len(seeds):
       raise base.InputError(
-        f"seeds={list(seeds)} must be one or more different integers: give each run"
+        f"seeds={list(seeds)} must be one or more distinct integers: give each run"
         " its own seed."
       )
     if max(seeds) >> _SEED_BITS:

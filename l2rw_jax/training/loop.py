@@ -87,11 +87,12 @@ def train(
 
   Raises:
     InputError: the settings do not match the data; no evaluator computes `accuracy`;
-      the optimizer needs other arguments; losses or gradients became NaN or infinite
-      (the last good state is in the checkpoint); a file cannot be written; `folder`
-      contains a run with other settings or data, or an unfinished one with other
-      versions, source code or kind of device, or another program uses it; several
-      processes disagree on settings, data or versions, or do not share the folder.
+      the optimizer needs arguments other than `params` and `value`; losses or gradients
+      became NaN or infinite (the last good state is in the checkpoint); a file cannot
+      be written; `folder` contains a run with other settings or data, or an unfinished
+      one with other versions, source code or kind of device, or another program uses
+      it; several processes disagree on settings, data or versions, or do not share the
+      folder.
     KeyboardInterrupt: a signal stopped the run; its checkpoint has been saved.
   """
   folder = pathlib.Path(folder)

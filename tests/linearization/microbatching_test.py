@@ -91,7 +91,7 @@ def test_any_microbatch_size_gives_the_numbers_of_the_whole_batch(size):
 
 
 @pytest.mark.parametrize("engine", ["forward", "layerwise", "reverse"])
-def test_any_engine(engine):
+def test_any_engine_gives_the_numbers_of_the_whole_batch(engine):
   linearize = microbatching.microbatched(linearization.linearize, 3)
   _close(_results(linearize, engine=engine), _results_of_the_whole_batch())
 

@@ -106,8 +106,8 @@ def test_counts_are_positive_integers(name, value):
   ("seeds", "message"),
   [
     # Both runs would write the same folder.
-    ((0, 0), r"seeds=\[0, 0\] must be one or more different integers"),
-    ((), r"seeds=\[\] must be one or more different integers"),
+    ((0, 0), r"seeds=\[0, 0\] must be one or more distinct integers"),
+    ((), r"seeds=\[\] must be one or more distinct integers"),
     ((-1,), "seeds=-1 must be an integer of at least 0"),
     ((0.0,), "seeds=0.0 must be an integer of at least 0"),
     # `jax.random.key` would return the key of seed 1.
