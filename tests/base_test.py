@@ -94,7 +94,7 @@ def test_derivatives_of_a_division_by_the_largest_number(largest):
   np.testing.assert_allclose(second, 2 * value / largest**3, rtol=1e-6)
 
 
-def test_meta_losses_use_other_random_numbers_than_training_losses():
+def test_meta_losses_and_training_losses_use_different_random_numbers():
   def preprocess(images, keys, train):
     if not train:
       return images

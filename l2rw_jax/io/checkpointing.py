@@ -179,8 +179,8 @@ class Checkpointer:
     if misfit:
       raise base.InputError(
         f"{self._directory} holds checkpoints of another model, method or optimizer, or"
-        f" of another number of examples or seeds: {misfit}. Choose another --workdir,"
-        " or delete this one."
+        f" of a different number of examples or seeds: {misfit}. Choose another"
+        " --workdir, or delete this one."
       )
     return Restored(step, _unpack(record["leaves"], arrays, like), record["host"])
 

@@ -122,7 +122,7 @@ def microbatched(
   return linearize_microbatched
 
 
-# Part of the messages about losses functions that fail or return another number of
+# Part of the messages about losses functions that fail or return a different number of
 # losses for a microbatch.
 ONE_LOSS_PER_ROW = (
   "It must compute one loss for each row of its batch: pass arrays with a row per"

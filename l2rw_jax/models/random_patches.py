@@ -54,7 +54,7 @@ class RandomPatches:
       float32 [N, 2048].
 
     Raises:
-      InputError: the images have another type or another number of channels, or are too
+      InputError: the images have a different type or number of channels, or are too
         small.
     """
     _check(images)

@@ -100,7 +100,7 @@ class Whitening(nn.Module):
     """Maps images [B, H, W, C] to [B, H - 1, W - 1, K].
 
     Raises:
-      InputError: the filters are for another number of channels.
+      InputError: the filters are for a different number of channels.
     """
     rows, outputs = len(self.filters), len(self.filters[0])
     if rows != PATCH * PATCH * x.shape[-1]:
@@ -151,7 +151,7 @@ class WhitenedNet(split.SplitNetwork):
   Raises:
     InputError: when the network is initialized or applied, if `norm` is unknown, `norm`
       is "group" and `width` is not a multiple of 8, the images are too small, or the
-      filters are for another number of channels.
+      filters are for a different number of channels.
   """
 
   num_outputs: int

@@ -22,8 +22,8 @@ checkpoint is saved before the run stops.
 Several processes (`jax.distributed`) train one run together: all of them call `train`
 with the same arguments, every process sends its rows of every batch to its devices, and
 process 0 writes the files, in a folder that all of them can read. The run can be
-continued with another number of processes and devices; the results then differ only by
-rounding.
+continued with a different number of processes and devices; the results then differ only
+by rounding.
 """
 
 from collections.abc import Sequence

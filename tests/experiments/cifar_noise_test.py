@@ -268,7 +268,7 @@ def test_the_rate_of_the_fast_network_rises_and_then_falls_to_zero():
   rates = script.make_optimizer(preset).schedule(preset.num_steps)
   peak = round(preset.warmup * preset.num_steps)
   values = [float(rates(step)) for step in (0, peak, preset.num_steps)]
-  # A cosine of the whole run is multiplied by fifths in the warm-up.
+  # In the warm-up, the cosine schedule is multiplied by 1/5, 2/5, ... and 1.
   cosine = (1 + math.cos(math.pi * preset.warmup)) / 2
   expected = [preset.learning_rate / 5, preset.learning_rate * cosine, 0]
   np.testing.assert_allclose(values, expected, atol=1e-6)

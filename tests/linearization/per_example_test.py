@@ -356,7 +356,7 @@ def test_leaves_that_are_held_fixed_and_shared_arrays_are_supported():
 
 
 @pytest.mark.parametrize("engine", ["auto", "vmap"])
-def test_batches_of_integers_and_of_other_values_than_arrays(engine):
+def test_batches_of_integers_and_of_values_that_are_not_arrays(engine):
   def losses_fn(kernel, batch):
     assert batch.get("name", "training") == "training"
     return (batch["x"].astype(kernel.dtype) @ kernel) ** 2

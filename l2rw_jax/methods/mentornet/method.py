@@ -381,7 +381,7 @@ def mentornet(
 
   Raises:
     InputError: a setting is out of range, or (when the step is traced) the mentor was
-      fitted for another number of classes.
+      fitted for a different number of classes.
   """
   check_percentile(percentile)
   _check_range("decay", decay, 0, 1)
@@ -425,7 +425,7 @@ def mentornet(
 
 
 def class_mismatch(num_classes: int, expected: int) -> str:
-  """Error message for a mentor that was fitted for another number of classes."""
+  """Error message for a mentor that was fitted for a different number of classes."""
   return (
     f"the mentor was fitted for the labels of {num_classes} classes, but the data have"
     f" {expected}: fit one to losses of these data, or without labels for any number of"

@@ -41,7 +41,7 @@ _NUMERIC_FLAGS = [
   for module, name, details in _FLAGS
   if settings_lib.kinds_of(module.Settings)[name].type in (int, float)
 ]
-# Of the flags of one name in several scripts, the last one.
+# If several scripts have a flag of the same name, the last one counts.
 _NUMERIC = dict(_NUMERIC_FLAGS)
 
 
