@@ -131,7 +131,7 @@ def _by_kernel_backward(rows, h, gradient):
 _by_kernel.defvjp(lambda h, rows: (_by_kernel(h, rows), h), _by_kernel_backward)
 
 
-def test_kernels_of_one_example_at_a_time_are_followed():
+def test_kernels_of_one_example_at_a_time_are_supported():
   rng = np.random.default_rng(0)
   params, x = (rng.normal(size=s).astype(np.float32) for s in ((4, 4), (_B, 4)))
 

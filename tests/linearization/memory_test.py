@@ -163,8 +163,8 @@ def _cast(kernel, x):
   [_transposed, jax.checkpoint(_transposed), _cast],
   ids=["tied", "remat", "cast"],
 )
-def test_values_of_parameters_alone_do_not_let_the_direction_be_held(layer):
-  """Transposed and cast parameters are stored, but they are not activations."""
+def test_transposed_and_cast_parameters_do_not_count_as_activations(layer):
+  """If they did, L2RW would store the whole direction."""
 
   def losses_fn(params, x):
     for kernel in params:
@@ -332,8 +332,9 @@ def test_layers_whose_direction_is_held_whole_keep_one_batch_at_a_time(
 ):
   """The parameters take more memory than the activations that plain training stores.
 
-  The whole direction (1 P) is nevertheless in memory: it is a result of a whole loop,
-  or is computed from activations that are not stored but recomputed.
+  The whole direction, as large as the parameters, is nevertheless in memory: it is a
+  result of a whole loop, or is computed from activations that are not stored but
+  recomputed.
   """
   kernels = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   plain = _relative_bytes(_mean_gradient, losses_fn, kernels, 96)

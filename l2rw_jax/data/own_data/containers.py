@@ -139,7 +139,7 @@ def duplicates(features: np.ndarray) -> np.ndarray:
 
 
 def num_copies(features: np.ndarray, others: np.ndarray) -> int:
-  """The number of examples that are exactly equal to one of some other examples.
+  """The number of examples of which some other examples contain an exact copy.
 
   Args:
     features: the features of the examples, [N, ...].
