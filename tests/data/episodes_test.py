@@ -134,15 +134,17 @@ def test_images_are_gathered_on_demand():
 
 def test_some_tasks_can_be_kept():
   problem = _make(ood_share=0.5, noise_share=0.3, num_clusters=4)
-  native = np.flatnonzero(~problem.pool.is_ood)
-  kept = episodes.keep_tasks(problem, native[::-1])
+  in_distribution = np.flatnonzero(~problem.pool.is_ood)
+  kept = episodes.keep_tasks(problem, in_distribution[::-1])
   assert not kept.pool.is_ood.any() and len(kept.pool.classes) == 20
   np.testing.assert_array_equal(
-    kept.splits.train.image[:], problem.splits.train.image[native]
+    kept.splits.train.image[:], problem.splits.train.image[in_distribution]
   )
-  np.testing.assert_array_equal(kept.splits.train.source_index, native)
+  np.testing.assert_array_equal(kept.splits.train.source_index, in_distribution)
   np.testing.assert_array_equal(kept.splits.train.index, np.arange(20))
-  np.testing.assert_array_equal(kept.pool.is_wrong, problem.pool.is_wrong[native])
+  np.testing.assert_array_equal(
+    kept.pool.is_wrong, problem.pool.is_wrong[in_distribution]
+  )
   assert kept.splits.fingerprint != problem.splits.fingerprint
   assert kept.splits.test is problem.splits.test
 

@@ -85,7 +85,7 @@ def _shared(p, ids):
 
 
 def _sliced(p, ids):
-  """Each example reads another slice of a matrix."""
+  """Each example reads a different slice of a matrix."""
   rows = jax.vmap(lambda i: jax.lax.dynamic_slice(p["table"], (i % 3, 0), (2, 4)))(ids)
   return jnp.tanh(rows).sum(1) * p["scale"][None]
 
@@ -281,9 +281,9 @@ def _normalized(params, x):
 
 
 @pytest.mark.parametrize("size", [1, 7])
-def test_half_precision_inside_a_network_is_no_dependence_on_other_examples(size):
+def test_half_precision_is_not_taken_for_dependence_on_other_examples(size):
   # The network computes in bfloat16 and returns losses in float32. Its rounding errors
-  # differ between one example and a batch, and the results were NaN.
+  # differ between one example and a batch, which must not make the results NaN.
   rng = np.random.default_rng(0)
   shapes = {"w": (4, 6), "b": (1, 6), "v": (6, 3)}
   params = {k: jnp.array(rng.normal(size=s), jnp.bfloat16) for k, s in shapes.items()}

@@ -374,7 +374,7 @@ def test_a_recomputed_gradient_is_the_same_in_float64(x64, normalization, detach
   assert actual.engine == expected.engine == "layerwise"
 
 
-def test_no_meta_batch_is_refused():
+def test_a_missing_meta_batch_is_refused():
   def gradient():
     return meta_weight_net.network_gradient(
       *(lambda phi, losses: phi * losses, 1.0, lambda params, x: params * x, 1.0),

@@ -477,7 +477,7 @@ def test_bad_settings_are_refused(settings, message):
     nested_maml.nested_maml(**given)
 
 
-def test_no_validation_tasks_are_refused():
+def test_missing_validation_tasks_are_refused():
   with pytest.raises(base.InputError, match="meta_tasks is None: give the validation"):
     jax.eval_shape(
       lambda: nested_maml.weight_gradient(
