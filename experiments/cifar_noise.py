@@ -112,7 +112,7 @@ PRESETS = {
     num_meta={10: 10, 100: 10},
   ),
   # The first release has 20,000 iterations. The published baseline (BaseModel) is from
-  # a longer schedule, see the top of this file.
+  # a longer schedule; see the top of this file.
   "mwn_uniform": dataclasses.replace(
     _MWN_STABLE,
     network="wrn_28_10",
@@ -147,7 +147,7 @@ PRESETS = {
     num_meta={10: 0, 100: 0},
   ),
   "warpi": dataclasses.replace(_MWN_STABLE, augmentation="warpi"),
-  # The settings of this project for the fast network: 13 epochs of clean CIFAR-10. They
+  # The settings of this project for the fast network: 13 epochs of 50,000 images. They
   # were chosen with a quarter of the width and four epochs, on 5,000 images that were
   # held out of the training set (results/README.md).
   "whitened": Preset(

@@ -456,5 +456,5 @@ def test_the_curvature_needs_a_probe():
 
 
 def test_the_fraction_of_a_subset_may_be_in_half_precision():
-  # In half precision, 12,500 of 100,000 examples were an infinite number.
+  # The number of examples, 100,000, is infinite in half precision.
   assert adacore.subset_size(np.float16(0.125), 100_000) == 12_500
