@@ -106,7 +106,8 @@ class Settings(runner.Settings):
     "Let methods that need no clean images train on them, too.", group="data"
   )
   num_test: int | None = _protocol_flag(
-    "Number of balanced test images; 0 for as many as there are, as with digits.",
+    "Number of test images, half 4s and half 9s; 0 for as many as there are, as with"
+    " digits.",
     bounds=settings_lib.IMAGES,
     group="data",
   )

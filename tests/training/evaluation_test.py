@@ -56,7 +56,7 @@ def test_equal_opportunity_of_examples_with_several_labels():
 @pytest.mark.parametrize(
   ("changed", "message"),
   [
-    # The groups 0.2 and 0.7 were one group, and its accuracy that of the last one.
+    # Rounded down, the groups 0.2 and 0.7 would be one group.
     ({"groups": np.array([0.2, 0.7, 0.2])}, "groups of predictions must be integers"),
     ({"labels": np.array([0, 0.5, 1])}, "the labels of predictions must be integers"),
     ({"labels": np.array(["0", "1", "1"])}, "labels of predictions must be integers"),
@@ -107,7 +107,7 @@ def test_the_mean_of_losses_in_bfloat16_is_accurate():
   assert metrics == {"accuracy": 1.0, "loss": 1.0}
 
 
-def test_accuracy_of_each_class_and_balanced():
+def test_accuracy_of_each_class_and_balanced_accuracy():
   metrics = evaluation.per_class_accuracy(
     _predictions([0, 0, 0, 0, 1, 2], [0, 0, 0, 1, 1, 0])
   )

@@ -206,8 +206,8 @@ def _listed(
 def _file_within(folder: pathlib.Path, cell: str) -> pathlib.Path | None:
   """The file below `folder` that a cell of a list names, or None if there is none.
 
-  The list may be untrusted, so no path may lead out of the folder. Links inside of the
-  folder belong to the user and may.
+  The list may be untrusted, so no path may lead out of the folder. Links inside the
+  folder belong to the user and may lead out of it.
   """
   unquoted = csv_files.unquoted(cell)
   stripped = unquoted.strip()
