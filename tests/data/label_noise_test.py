@@ -44,7 +44,7 @@ def test_uniform_paper_flips_exactly_the_fraction(problem):
 
 
 @hypothesis.given(problems())
-def test_uniform_official_flips_at_most_the_fraction_not_to_the_last(problem):
+def test_uniform_official_flips_at_most_the_fraction_and_never_to_the_last(problem):
   labels, num_classes, fraction, seed = problem
   noisy = label_noise.uniform_flip(
     labels,

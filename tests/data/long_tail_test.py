@@ -91,8 +91,8 @@ def test_size_of_the_last_class_is_exact(factor):
 
 
 @pytest.mark.parametrize("shape", long_tail.SHAPES)
-def test_sizes_for_numbers_of_numpy(shape):
-  # In half precision, 70,000 is infinite; as an integer, that was -2^63 images.
+def test_sizes_for_numpy_numbers(shape):
+  # In half precision, 70,000 is infinite, which as an integer would be -2^63 images.
   for kind in (np.float16, np.float32, np.int64, np.uint8):
     sizes = long_tail.class_sizes(shape, np.int32(70_000), 4, kind(100))
     expected = long_tail.class_sizes(shape, 70_000, 4, 100.0)

@@ -104,7 +104,7 @@ def test_step_by_hand():
   ],
   ids=["line search", "sharpness-aware", "lookahead"],
 )
-def test_an_optimizer_of_other_arguments_is_a_one_line_error(optimizer, message):
+def test_an_unsupported_outer_optimizer_is_a_one_line_error(optimizer, message):
   with pytest.raises(base.InputError, match=message):
     _step(_state(optimizer), optimizer=optimizer)
 
