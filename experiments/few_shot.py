@@ -123,7 +123,7 @@ class Settings(settings_lib.Settings):
   )
   num_clusters: int = flag(
     20,
-    "Number of clusters of training tasks; fewer if there are fewer different tasks.",
+    "Number of clusters of training tasks; fewer if there are fewer distinct tasks.",
     bounds=(1, 10**6),
     methods=_NESTED,
   )
@@ -260,7 +260,7 @@ def ood_source(
       data_dir=settings.data_dir, cache_dir=settings.cache_dir
     )
   elif settings.ood == "digits" or own_data.is_own(settings.ood):
-    # These have no slices of splits.
+    # A slice of a split, as below, is not supported for these.
     source = runner.first_images(settings.load("train", settings.ood), _NUM_OOD)
   else:
     source = settings.load(f"train[:{_NUM_OOD}]", settings.ood)
@@ -279,7 +279,7 @@ def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Ep
   if settings.share != "cluster":  # Unused, but recorded with the data.
     num_clusters = min(num_clusters, settings.num_tasks)
   with warnings.catch_warnings():
-    # With few classes, there may be fewer different tasks than clusters.
+    # With few classes, there may be fewer distinct tasks than clusters.
     warnings.filterwarnings("ignore", "Number of distinct clusters")
     return episodes.episodes(
       train,

@@ -234,10 +234,13 @@ def _convert(
       f" {list(like.shape)}; give both the same shape"
     )
   if like is None and not 2 <= len(class_names) <= max(2, len(examples.labels) // 2):
+    number = (
+      "1 label" if len(class_names) == 1 else f"{len(class_names)} distinct labels"
+    )
     raise base.InputError(
-      f"{name} has {len(class_names)} different labels in {len(examples.labels)}"
-      f" examples; the first is {class_names[0]!r}. There must be two or more classes,"
-      " with two or more examples on average"
+      f"{name} has {number} in {len(examples.labels)} examples; the first is"
+      f" {class_names[0]!r}. There must be two or more classes, with two or more"
+      " examples on average"
       # The first note of a table says which column has the labels.
       + (f". {raw.notes[0].rstrip('.')}" if isinstance(raw.values, dict) else "")
       + containers.skipped_suffix(raw)

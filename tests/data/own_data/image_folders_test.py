@@ -124,7 +124,7 @@ def test_a_list_of_labels(folder, tmp_path):
   assert reasons["dog/9.png"] == "it is not in list.csv"
   # labels.csv in the folder is used without being named; it needs no header.
   (folder / "labels.csv").write_text("cat/0.png,1\ncat/1.png,10\ndog/0.png,2\n")
-  with pytest.raises(base.InputError, match="has 3 different labels in 3 examples"):
+  with pytest.raises(base.InputError, match="has 3 distinct labels in 3 examples"):
     own_data.read(f"images:{folder}")
   (folder / "labels.csv").write_text(
     "cat/0.png,2\ncat/1.png,10\ndog/0.png,2\ndog/1.png,10\n"

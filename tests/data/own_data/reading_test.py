@@ -155,7 +155,7 @@ def _mistakes(folder):
     "images:none": "is not a folder of images",
     "images:empty": r"contains no images in class folders",
     "images:broken": "no image that can be read; 1 skipped, the first is a/x.png",
-    "images:single": "has 1 different labels in 2 examples",
+    "images:single": "has 1 label in 2 examples",
     "npz:none.npz": "none.npz cannot be read: No such file",
     "npz:bad.npz": "bad.npz is damaged or not a NumPy archive",
     "npz:table.npz": "table.npz is damaged or not a NumPy archive",

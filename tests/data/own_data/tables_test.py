@@ -87,7 +87,7 @@ def test_the_column_of_labels(tmp_path):
   np.testing.assert_array_equal(again.labels, named.labels)
   with pytest.raises(base.InputError, match="no column 'none'; it has n, class, kind"):
     own_data.read(name, label_column="none")
-  with pytest.raises(base.InputError, match="has 12 different labels in 12") as caught:
+  with pytest.raises(base.InputError, match="has 12 distinct labels in 12") as caught:
     own_data.read(name, label_column="n")
   assert str(caught.value).endswith(". The labels are the column 'n'")
 
