@@ -178,6 +178,6 @@ def _check_meta(source: sources.Source, sizes: list[int], num_meta: int) -> None
     raise base.InputError(f"{where}: a long tail needs images of every class")
   if sizes[rarest] <= num_meta:
     raise base.InputError(
-      f"{where}, and {num_meta} meta images of it leave none to train on: lower"
+      f"{where}, and {num_meta} meta images leave none to train on: lower"
       " num_meta_per_class"
     )

@@ -61,7 +61,7 @@ def _limits() -> Iterator[int]:
       root, name = _LIMITS / "memory", "memory.limit_in_bytes"
       if "memory" not in controllers.split(","):
         continue
-    # The limits of the groups around a group apply to it, too.
+    # The limits of the enclosing groups apply, too.
     group = root / place.lstrip("/")
     for folder in (group, *group.parents):
       # A file has "max" if there is no limit.

@@ -1,4 +1,4 @@
-"""The benchmark of convolutions in loops: all its ways compute the same gradient."""
+"""The benchmark of convolutions in loops: all variants compute the same gradient."""
 
 import chex
 import jax
@@ -15,7 +15,7 @@ def _losses(params, batch):
   return jnp.tanh(x).sum((1, 2, 3))
 
 
-def test_all_ways_compute_the_same_gradient():
+def test_all_variants_compute_the_same_gradient():
   rng = np.random.default_rng(0)
   params, images = rng.normal(size=(2, 3, 3, 3)), rng.normal(size=(8, 3, 5, 4))
   with jax.enable_x64():
@@ -29,6 +29,6 @@ def test_all_ways_compute_the_same_gradient():
       chex.assert_trees_all_close(gradient, gradients[0], rtol=1e-12)
 
 
-def test_microbatches_need_a_multiple_of_four(tmp_path):
+def test_batch_size_must_be_a_multiple_of_four(tmp_path):
   with pytest.raises(base.InputError, match="--batch_size=6: give a multiple of 4"):
     control_flow.run(control_flow.Settings(batch_size=6), tmp_path)
