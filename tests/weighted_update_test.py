@@ -1,4 +1,4 @@
-"""Gradients under weights that are a function of the losses, by closed form."""
+"""Gradients under weights that are functions of the losses, against closed forms."""
 
 import jax
 import jax.numpy as jnp

@@ -182,7 +182,7 @@ def keep_tasks(problem: Episodes, tasks: np.ndarray) -> Episodes:
 
   Args:
     problem: the problem.
-    tasks: numbers of the tasks to keep, all different; or a bool for each task.
+    tasks: numbers of the tasks to keep, all distinct; or a bool for each task.
 
   Raises:
     InputError: a task does not exist or occurs twice, or `tasks` is neither integers

@@ -250,7 +250,7 @@ def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
 
   Args:
     splits: the splits.
-    rows: rows of the training set to keep, all different; or a bool for each row.
+    rows: rows of the training set to keep, all distinct; or a bool for each row.
 
   Returns:
     Splits with a new fingerprint, in which the training examples keep their order

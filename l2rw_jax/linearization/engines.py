@@ -480,7 +480,7 @@ def _has_custom_vjp(jaxpr):
 
 
 def _has_primitive(jaxpr, name):
-  """Whether `jaxpr` has an operation, maybe nested, of this name."""
+  """Whether `jaxpr` has an operation of this name, possibly nested."""
   return any(
     eqn.primitive.name == name
     or any(

@@ -19,7 +19,7 @@ class GPT(split.SplitNetwork):
   other examples of the batch.
 
   Attributes:
-    vocabulary: V, number of different tokens.
+    vocabulary: V, number of distinct tokens.
     width: number of features of a token.
     depth: number of blocks.
     num_heads: number of attention heads; must divide `width`.

@@ -54,7 +54,7 @@ def test_a_copy_of_the_labels_is_noted(tmp_path):
   )
 
 
-def test_tables_with_many_columns_of_one_name(tmp_path):
+def test_tables_with_many_columns_of_the_same_name(tmp_path):
   header = ["x"] * 20_000 + ["", "x.2", "label"]
   rows = ["1," * 20_002 + "a", "2," * 20_002 + "b"]
   started = time.process_time()
@@ -92,7 +92,7 @@ def test_the_column_of_labels(tmp_path):
   assert str(caught.value).endswith(". The labels are the column 'n'")
 
 
-def test_columns_with_one_name_do_not_get_the_name_of_another_column(tmp_path):
+def test_columns_that_share_a_name_do_not_get_the_name_of_another_column(tmp_path):
   rows = [f"{r},{r},{r},{r},{'ab'[r % 2]}" for r in range(4)]
   data = own_data.read(
     user_files.write_table(tmp_path / "t.csv", rows, "x,x.3,x,x,label")
