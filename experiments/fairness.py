@@ -187,6 +187,7 @@ TABLE = table.Layout(
     "imbalance": "largest class over smallest {:g}",
     "noise_fraction": "{:.0%} of the labels wrong",
     "num_steps": "{:,} steps",
+    "evaluate_on": "{} images",
   },
   method=method_label,
   published="Published: no comparable number; the protocol is this project's.",

@@ -23,9 +23,10 @@ class Settings(settings_lib.Settings):
 
   evaluate_on: str = data_flag(
     "test",
-    "Images to measure the accuracy on: the test set, or validation images, to choose"
-    " flags. These are a tenth of the images of each class of the training set, the"
-    " same for all seeds, which are then not used in any other way.",
+    "Images to measure the accuracy on: the test set, or validation images, so that"
+    " flags can be chosen without the test set. The validation images are a tenth of"
+    " each class of the training set, and are not trained on. They are the same for all"
+    " seeds.",
     choices=["test", "validation"],
     # Folders of older versions do not have this entry.
     recorded_with="evaluate_on",

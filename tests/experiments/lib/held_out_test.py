@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from experiments import fairness
 from experiments import mnist_long_tail
 from experiments import mnist_noise
 from experiments.lib import held_out
@@ -85,3 +86,16 @@ def test_results_say_that_they_are_for_validation_images(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert "validation accuracy %" in printed
   assert "test accuracy" not in printed
+
+
+def test_fairness_says_that_its_results_are_for_validation_images(tmp_path, capsys):
+  settings = fairness.Settings(
+    dataset="digits",
+    methods=("uniform",),
+    num_steps=1,
+    num_seeds=1,
+    evaluate_on="validation",
+  )
+  (row,) = fairness.run(settings, tmp_path)
+  assert row["evaluate_on"] == "validation"
+  assert "1 steps, validation images" in capsys.readouterr().out
