@@ -76,8 +76,8 @@ class ExampleWeights(NamedTuple):
   Attributes:
     weights: weights, [B]. Those of the rules in `normalization` are not negative, and
       their sum over all devices is 1, or all are 0.
-    scores: -dM/dw at w = 0, [B], in float32 or wider. A score is
-      the decrease of the meta loss per unit of the example's weight.
+    scores: -dM/dw at w = 0, [B], in float32 or wider. A score is the decrease of the
+      meta loss per unit of the example's weight.
     meta_loss: mean loss of the meta batch at the look-ahead parameters, scalar.
     losses: losses of the training batch, [B].
     finite: False if a loss of either batch, the meta gradient, its product with the
