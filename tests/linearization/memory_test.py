@@ -147,7 +147,13 @@ def test_l2rw_holds_no_direction_and_copies_no_parameters(engine, activation):
 def test_l2rw_holds_no_direction_in_bfloat16(engine):
   plain = _updated_bytes(_mean_gradient, jax.nn.relu, "bfloat16")
   step = _updated_bytes(_l2rw, jax.nn.relu, "bfloat16", engine=engine)
-  assert step < plain + 0.1
+  limit = plain + 0.1
+  if jax.__version_info__ < (0, 12) and engine == "forward":
+    # There, XLA:CPU converts all parameters before the first layer and keeps the copies
+    # for the training batch. They are in memory while the gradient of a layer, another
+    # float32 array, is formed for the meta batch.
+    limit += 2 / 8
+  assert step < limit
 
 
 def _transposed(kernel, x):
