@@ -261,7 +261,10 @@ def recovered(values: np.ndarray | None, kinds: np.ndarray) -> dict[str, float |
 
 
 def draw(
-  rows: runner.Rows, curves: dict[str, list[curves_lib.Curve]], path: pathlib.Path
+  rows: runner.Rows,
+  curves: dict[str, list[curves_lib.Curve]],
+  path: pathlib.Path,
+  title: str,
 ) -> None:
   """Draws bits per byte against seconds, and the share of detected documents.
 
@@ -269,8 +272,9 @@ def draw(
   """
   ranked = [row for row in rows if row["recovered_percent"] is not None]
   panels = 1 + bool(ranked)
-  size = (5.5 * panels, 3.8)
-  with figures.figure(path, 1, panels, figsize=size, squeeze=False) as (_, axes):
+  size = (5.5 * panels, 4)
+  with figures.figure(path, 1, panels, figsize=size, squeeze=False) as (drawn, axes):
+    drawn.suptitle(title, fontsize=10)
     left = axes[0, 0]
     for color, (name, runs) in enumerate(curves.items()):
       for number, curve in enumerate(runs):
@@ -302,7 +306,7 @@ def _draw_recovered(right: Any, by_method: dict[str, runner.Rows]) -> None:
   names = [name.replace("_", "\n") for name in by_method]
   figures.grouped_bars(right, percents, names)
   right.set_ylim(0, 100)
-  right.set_ylabel("corrupted documents detected (%)")
+  right.set_ylabel("detected documents (%)")
   right.set_title("Among the k most suspicious; k are corrupted", fontsize=10)
   right.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 
@@ -355,7 +359,11 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
       limit = by_seed[row["seed"]]
       value = float(curve.at(limit))  # NaN before the first evaluation.
       row["bits_in_uniform_time"] = value if math.isfinite(value) else None
-  draw(rows, curves, folder / "figure.png")
+  title = (
+    f"{settings.num_train:,} documents, {settings.corrupted:.0%} corrupted,"
+    f" {settings.num_meta} clean ones, {settings.num_steps:,} steps"
+  )
+  draw(rows, curves, folder / "figure.png", title)
   return runner.report(
     settings, TABLE, folder, rows, methods=(METHODS, settings.methods)
   )

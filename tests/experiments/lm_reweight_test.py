@@ -62,7 +62,8 @@ def test_the_figure_has_one_panel_if_no_method_ranks_documents(tmp_path):
   for recovered in (None, 50.0):
     row = dict.fromkeys(lm_reweight.recovered(None, np.zeros(1, int)), recovered)
     path = tmp_path / f"{recovered}.png"
-    lm_reweight.draw([{"method": "uniform", **row}], {"uniform": [curve]}, path)
+    rows = [{"method": "uniform", **row}]
+    lm_reweight.draw(rows, {"uniform": [curve]}, path, "4 documents")
     widths.append(plt.imread(path).shape[1])
   assert widths[0] < 0.6 * widths[1]
 
