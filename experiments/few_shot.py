@@ -116,7 +116,7 @@ class Settings(settings_lib.Settings):
   )
   share: str = flag(
     "cluster",
-    "What has one weight in NestedMAML: a task, a cluster of tasks, or an item (a"
+    "Unit that gets a weight in NestedMAML: a task, a cluster of tasks, or an item (a"
     " query image).",
     choices=nested_maml.SHARES,
     methods=_NESTED,

@@ -191,7 +191,7 @@ def deferred_example_weights(
   from_epoch: int,
   axis_name: base.AxisName = None,
 ) -> base.Array:
-  """Class-balanced example weights from an epoch on, uniform ones before.
+  """Example weights that are uniform at first, and class-balanced from some epoch on.
 
   This is deferred re-weighting (DRW). The weights [B] sum to 1 over the global batch.
 
