@@ -160,7 +160,7 @@ def _arrays(tree):
 
 
 def _walk(jaxpr, sources):
-  """Finds what `activation_ratio` counts in another way.
+  """Finds the parameters and values for which `activation_ratio` corrects its counts.
 
   Args:
     jaxpr: the operations.
