@@ -1,4 +1,4 @@
-r"""Other ways to turn L2RW's scores into weights, and clean batches that grow.
+r"""Other ways to use L2RW's scores and its clean examples.
 
 An MLP is trained on images with symmetric noise, with Adam and a cosine schedule. All
 runs of a seed have the same data, initial parameters and training batches. The scores
@@ -10,6 +10,8 @@ s_i are those of L2RW (`l2rw.example_weights`); rules differ in the weights of a
                the batch, so that no weight is 0; a large T approaches uniform weights
   growing      clipped; the clean batches have 25, 50, 125 and 200 images in the four
                quarters of the steps, instead of 100
+  clean_C      clipped; a step also trains on the clean batch: C times its mean loss is
+               added to the weighted loss
 
 Columns:
 
@@ -27,7 +29,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,15 +66,29 @@ def _tempered(temperature: float) -> Callable[[base.Array], base.Array]:
   return weights
 
 
-# Maps a rule to its function `scores [B] -> weights [B]` and the sizes of the clean
-# batches.
-RULES: dict[str, tuple[Callable[[base.Array], base.Array], tuple[int, ...]]] = {
-  "clipped": (normalization.rectify, _CONSTANT),
-  "mask": (normalization.equal_weights, _CONSTANT),
-  "tempered_0.3": (_tempered(0.3), _CONSTANT),
-  "tempered_1": (_tempered(1.0), _CONSTANT),
-  "tempered_3": (_tempered(3.0), _CONSTANT),
-  "growing": (normalization.rectify, _GROWING),
+class Rule(NamedTuple):
+  """A way to use the scores and the clean examples.
+
+  Attributes:
+    weights: `scores [B] -> weights [B]`.
+    sizes: sizes of the clean batches in consecutive parts of the run.
+    clean_factor: factor of the mean loss of the clean batch in the loss of a step.
+  """
+
+  weights: Callable[[base.Array], base.Array]
+  sizes: tuple[int, ...] = _CONSTANT
+  clean_factor: float = 0.0
+
+
+RULES = {
+  "clipped": Rule(normalization.rectify),
+  "mask": Rule(normalization.equal_weights),
+  "tempered_0.3": Rule(_tempered(0.3)),
+  "tempered_1": Rule(_tempered(1.0)),
+  "tempered_3": Rule(_tempered(3.0)),
+  "growing": Rule(normalization.rectify, _GROWING),
+  "clean_0.3": Rule(normalization.rectify, clean_factor=0.3),
+  "clean_1": Rule(normalization.rectify, clean_factor=1.0),
 }
 
 
@@ -96,9 +112,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
 
 
 def make_trainer(
-  problem: base.Problem,
-  rule: Callable[[base.Array], base.Array],
-  optimizer: optax.GradientTransformation,
+  problem: base.Problem, rule: Rule, optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
   """Returns `(carry, model_state, train, meta, rows, meta_rows) -> (carry, weights)`.
 
@@ -116,8 +130,15 @@ def make_trainer(
         for part, rows in zip((train, meta), inputs, strict=True)
       )
       info = l2rw.example_weights(losses_fn, params, batch, meta_batch, has_aux=True)
-      weights = rule(info.scores)
-      grads = jax.grad(lambda p: jnp.sum(weights * losses_fn(p, batch)[0]))(params)
+      weights = rule.weights(info.scores)
+
+      def loss_fn(params):
+        loss = jnp.sum(weights * losses_fn(params, batch)[0])
+        if rule.clean_factor:
+          loss += rule.clean_factor * jnp.mean(losses_fn(params, meta_batch)[0])
+        return loss
+
+      grads = jax.grad(loss_fn)(params)
       updates, opt_state = optimizer.update(grads, opt_state, params)
       return (optax.apply_updates(params, updates), opt_state), weights
 
@@ -150,7 +171,7 @@ def make_rows(
   train_source, test_source = settings.load("train"), settings.load("test")
   num_classes = train_source.num_classes
   for name in names:  # Before any of them is trained.
-    size = max(RULES[name][1])
+    size = max(RULES[name].sizes)
     if size > num_classes * settings.num_meta:
       raise base.InputError(
         f"--num_meta={settings.num_meta}: {name} takes steps with {size} clean images,"
@@ -177,19 +198,18 @@ def make_rows(
   optimizer = optax.adam(schedule)
   rows: list[dict[str, Any]] = []
   for name in names:
-    rule, sizes = RULES[name]
-    trainer = make_trainer(problem, rule, optimizer)
+    trainer = make_trainer(problem, RULES[name], optimizer)
     for seed, split in enumerate(splits):
       row = {"method": name, "dataset": settings.dataset, "fraction": fraction}
       row |= {"seed": seed, "data": split.fingerprint}
       rows.append(
-        row | _train(settings, problem, model, optimizer, trainer, sizes, split, seed)
+        row | _train(settings, problem, model, optimizer, trainer, name, split, seed)
       )
     print(summary(rows[-settings.num_seeds :]), flush=True)
   return rows
 
 
-def _train(settings, problem, model, optimizer, trainer, sizes, split, seed):
+def _train(settings, problem, model, optimizer, trainer, name, split, seed):
   train, meta = map(examples_lib.as_batch, (split.train, split.meta))
   params, model_state = model.init(jax.random.key(seed), meta)
   num_train, num_steps = len(split.train.label), settings.num_steps
@@ -198,7 +218,8 @@ def _train(settings, problem, model, optimizer, trainer, sizes, split, seed):
   train, meta = jax.device_put((train, meta))
   carry: Any = params, optimizer.init(params)
   weights, start = [], 0
-  for meta_rows in _meta_rows(sizes, len(split.meta.label), num_steps, seed):
+  sizes, num_meta = RULES[name].sizes, len(split.meta.label)
+  for meta_rows in _meta_rows(sizes, num_meta, num_steps, seed):
     end = start + len(meta_rows)
     carry, part = trainer(carry, model_state, train, meta, order[start:end], meta_rows)
     weights.append(np.asarray(part))
@@ -206,12 +227,12 @@ def _train(settings, problem, model, optimizer, trainer, sizes, split, seed):
   # The validation images are measured with their true labels.
   validation = split.validation._replace(label=split.validation.true_label)
   result = {}
-  for name, part in (("validation", validation), ("accuracy", split.test)):
+  for column, part in (("validation", validation), ("accuracy", split.test)):
     predictions = evaluation.predict(
       problem, carry[0], model_state, examples_lib.as_batch(part)
     )
     percent = 100 * evaluation.accuracy(predictions)["accuracy"]
-    result[f"{name}_percent"] = round(percent, 2)
+    result[f"{column}_percent"] = round(percent, 2)
   last = slice(-max(1, num_steps // 10), None)
   is_wrong = (split.train.label != split.train.true_label)[order[last]]
   late = np.concatenate(weights)[last]

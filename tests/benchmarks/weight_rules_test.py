@@ -23,7 +23,8 @@ from l2rw_jax.models import mlp
 )
 def test_rules_by_hand(name, expected):
   scores = jnp.array([1, -np.sqrt(2), 3], jnp.float32)
-  np.testing.assert_allclose(weight_rules.RULES[name][0](scores), expected, rtol=1e-6)
+  weights = weight_rules.RULES[name].weights(scores)
+  np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
 def test_clean_batches_grow_and_have_100_images_on_average():
@@ -33,7 +34,8 @@ def test_clean_batches_grow_and_have_100_images_on_average():
   assert np.mean(weight_rules._GROWING) == weight_rules._CONSTANT[0]
 
 
-def test_steps_minimize_the_weighted_loss():
+@pytest.mark.parametrize("clean_factor", [0, 0.5])
+def test_steps_minimize_the_weighted_loss(clean_factor):
   rng = np.random.default_rng(0)
   train, meta = (
     {
@@ -47,7 +49,7 @@ def test_steps_minimize_the_weighted_loss():
   params, model_state = model.init(jax.random.key(0), meta)
   losses_fn = problem.losses_fn(model_state, jax.random.key(0))
   rows, meta_rows = rng.permutation(20)[:16].reshape(2, 8), np.array([[0, 1], [4, 2]])
-  rule, _ = weight_rules.RULES["mask"]
+  rule = weight_rules.RULES["mask"]._replace(clean_factor=clean_factor)
   trainer = weight_rules.make_trainer(problem, rule, optax.sgd(0.5))
   arguments = (params, optax.sgd(0.5).init(params)), model_state, train, meta
   (result, _), weights = trainer(*arguments, rows, meta_rows)
@@ -64,7 +66,7 @@ def test_steps_minimize_the_weighted_loss():
     is_positive = np.asarray(gradients @ clean > 0)
     expected = is_positive / is_positive.sum()
     np.testing.assert_allclose(weights[step], expected, rtol=1e-5)
-    flat -= 0.5 * expected @ gradients
+    flat -= 0.5 * (expected @ gradients + clean_factor * clean)
   np.testing.assert_allclose(
     jax.flatten_util.ravel_pytree(result)[0], flat, rtol=1e-4, atol=1e-6
   )
