@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import pathlib
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from l2rw_jax import processes
 
 Row = report.Row
 plain = table_figure.plain
+# Number of characters that fit into the width of a panel of `panels`.
+_TITLE_WIDTH = 44
 
 
 @contextlib.contextmanager
@@ -74,12 +77,18 @@ def panels(
     for (setting, here), ax in zip(settings.items(), axes[0], strict=True):
       for method, chosen in report.grouped(here, "method").items():
         draw_method(ax, methods.index(method), chosen)
-      ax.set_title(plain(title(*setting)), fontsize=10)
+      ax.set_title(_wrapped(plain(title(*setting))), fontsize=10)
       ax.set_xlabel(f"{rows[0].get('evaluate_on', 'test')} accuracy (%), last step")
     axes[0, 0].set_yticks(range(len(methods)), methods)
     axes[0, 0].invert_yaxis()
     add_legend_entries(axes[0, -1])
     legend_at_right(axes[0, -1])
+
+
+def _wrapped(title: str) -> str:
+  """A title whose lines are not wider than a panel."""
+  lines = title.splitlines()
+  return "\n".join(textwrap.fill(line, _TITLE_WIDTH) for line in lines)
 
 
 def legend_at_right(axes: Any, *handles: Any) -> None:

@@ -47,6 +47,28 @@ def test_dollar_signs_in_the_name_of_the_data_are_not_a_formula(tmp_path):
   assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_titles_of_neighboring_panels_do_not_overlap(tmp_path, monkeypatch):
+  monkeypatch.setattr(plt, "close", lambda *_: None)
+  rows = [
+    {"dataset": "fashion_mnist " * 4, "imbalance": number, "method": "l2rw"}
+    for number in (100, 200)
+  ]
+  figures.panels(
+    rows,
+    ["dataset", "imbalance"],
+    tmp_path / "figure.png",
+    draw_method=lambda axes, place, rows: axes.plot([50.0], [place], "k."),
+    add_legend_entries=lambda axes: axes.plot([], [], "k.", label="one seed"),
+    title=lambda dataset, imbalance: f"{dataset}, imbalance {imbalance}, 20 epochs",
+  )
+  figure = plt.gcf()
+  figure.canvas.draw()
+  left, right = (ax.title.get_window_extent() for ax in figure.axes)
+  monkeypatch.undo()
+  plt.close(figure)
+  assert left.width > 0 and left.x1 < right.x0
+
+
 def test_a_bar_without_values_is_left_out():
   _, axes = plt.subplots()
   values = {"all": [[10.0, 30.0], [5.0]], "shuffled": [[], [7.0]], "random": [[], []]}
