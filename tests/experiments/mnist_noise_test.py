@@ -1,5 +1,6 @@
 """The script mnist_noise at small scale: files, results and errors."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -12,6 +13,7 @@ import pytest
 import scripts
 
 from experiments import mnist_noise as script
+from experiments.lib import registries
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import metric_writer
@@ -418,3 +420,43 @@ def test_lenet_trains_one_seed_at_a_time(tmp_path):
   folder = tmp_path / "runs" / _NAME
   assert [r["seed"] for r in scripts.saved_rows(folder)[0]] == [0, 1]
   assert sorted(p.name for p in folder.glob("seeds-*")) == ["seeds-0-0", "seeds-1-1"]
+
+
+def test_each_method_has_its_lookahead_rate_unless_one_is_given(monkeypatch):
+  settings = script.Settings(dataset="digits", num_meta=5)
+  splits = functools.partial(script.make_splits, settings, 0.5)
+  (split,) = splits((0,))
+  monkeypatch.setattr(script.runner, "method_cell", lambda *_, **problem: problem)
+
+  def rates(**flags):
+    changed = settings.replace(**flags)
+    return {
+      name: script.make_cell(changed, name, 0.5, splits, split).get(
+        "lookahead_learning_rate"
+      )
+      for name in registries.META_LEARNED
+    }
+
+  assert rates() == script.LOOKAHEAD_LEARNING_RATES
+  assert set(rates(lookahead_learning_rate=0.5).values()) == {0.5}
+  # The other presets have one rate, or that of the classifier's optimizer.
+  assert set(rates(preset="bare").values()) == {1e-4}
+  assert set(rates(preset="own").values()) == {None}
+
+
+def test_a_folder_with_other_lookahead_rates_is_refused(tmp_path, monkeypatch):
+  settings = script.Settings(
+    dataset="digits",
+    num_meta=5,
+    num_epochs=1,
+    num_seeds=1,
+    noise_fraction=(0.5,),
+    methods=("uniform",),
+  )
+  script.run(settings, tmp_path)
+  preset = dataclasses.replace(
+    script.PRESETS["shared"], lookahead_by_method={"advisor": 7.0}
+  )
+  monkeypatch.setitem(script.PRESETS, "shared", preset)
+  with pytest.raises(base.InputError, match="lookahead_learning_rates"):
+    script.run(settings, tmp_path)
