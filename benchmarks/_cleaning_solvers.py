@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
   """Shape of a problem.
 
   Attributes:
-    num_examples: N, the number of examples with (partly) wrong labels.
+    num_examples: N, the number of training examples, some of whose labels are wrong.
     num_meta: number of clean examples.
     num_features: D.
     num_classes: C.
@@ -82,9 +82,10 @@ class Batch(NamedTuple):
     x: inputs, [B, D].
     y: labels, [B].
     start: number of the first row, int32 scalar.
-    number: number of the batch, int32 scalar.
-    following: number of the batch of the next step, int32 scalar.
-    is_clean: whether each label is right, [B]; only the oracle uses it.
+    number: index of the batch, int32 scalar.
+    following: index of the batch of the next step, int32 scalar.
+    is_clean: whether each label is right, [B]. Only the oracle, which knows the wrong
+      labels, uses it.
   """
 
   x: base.Array
@@ -304,8 +305,8 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
 
   Args:
     learning_rate: initial learning rate of z.
-    weight_learning_rate: gamma of `nested_maml.update_weights`, at the start; it
-      decays with the learning rate of z.
+    weight_learning_rate: initial gamma of `nested_maml.update_weights`; it decays with
+      the same schedule as the learning rate of z.
   """
 
   def init(sizes, key):
@@ -336,7 +337,7 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
     }
 
   def trust(state):
-    # Sums of scores rank examples like means: each pass visits all examples equally
+    # Sums of scores rank examples as means would: each pass visits all examples equally
     # often, except for the few that are in both of the last two batches.
     return {"weight": state["weights"], "score": state["scores"]}
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 _CLASSES = 10
-# flax's default for LayerNorm and GroupNorm; PyTorch's is 1e-5, which is flax's default
-# for BatchNorm, too.
+# The default of flax for LayerNorm and GroupNorm; PyTorch's default is 1e-5. For
+# BatchNorm, the default is 1e-5 in both.
 _NORM_EPSILON = 1e-6
 
 

@@ -6,10 +6,10 @@ trains with the weights. `Eager.example_weights` implements Algorithm 1 of Ren e
 (2018). `Traced` computes the same weights with `torch.func.grad`, because
 `torch.compile` (used in its default mode) does not support `create_graph`.
 
-As in the released code, the training batch passes through the network twice; with
-Meta-Weight-Net, `Traced` needs a third pass for the losses. In `Eager`, all passes,
-including that of the meta batch, update the BatchNorm statistics. In `Traced`, the
-passes inside `torch.func.grad` do not.
+As in the papers' released code, the training batch passes through the network twice;
+with Meta-Weight-Net, `Traced` needs a third pass for the losses. In `Eager`, all
+passes, including that of the meta batch, update the BatchNorm statistics. In `Traced`,
+the passes inside `torch.func.grad` do not.
 
 On a GPU, products of float32 matrices use TF32, as in JAX. Images with several channels
 and the networks for them have the memory format channels_last. On a CPU, the default

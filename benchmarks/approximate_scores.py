@@ -56,8 +56,8 @@ from l2rw_jax.models import mlp
 from l2rw_jax.training import evaluation
 
 # The scores of every seventh step are compared. `run` refuses multiples of seven for
-# --refresh_every, because these steps would never be those at which the gradient of the
-# meta loss is oldest.
+# --refresh_every: with them, the gradient of the meta loss would never be at its oldest
+# in a step that is compared.
 _PROBE_EVERY = 7
 
 
@@ -74,8 +74,8 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   learning_rate: float = flag(0.1, "Learning rate of SGD for the images.")
   shares: tuple[float, ...] = flag(
     (0.2, 0.5, 0.8),
-    "For images: the layers that scores are computed from, as shares of the cost of"
-    " all layers. For text, scores are computed from the last block.",
+    "For images: the layers that scores are computed from, given as shares of the cost"
+    " of all layers. For text, scores are computed from the last block.",
     bounds=settings_lib.INNER_SHARE,
     group="method",
   )

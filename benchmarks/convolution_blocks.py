@@ -87,7 +87,12 @@ def arguments(
 
 
 def make_layer(block_bytes: int, given: Sequence[base.Array]) -> Layer:
-  """The layer for these arrays of `arguments`, with this `block_bytes`."""
+  """Returns a layer computed in blocks of at most `block_bytes`.
+
+  Args:
+    block_bytes: the largest size of a block, in bytes.
+    given: the result of `arguments`.
+  """
 
   def convolve(images, kernel):
     return convolution.conv_general_dilated(

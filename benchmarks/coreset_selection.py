@@ -73,7 +73,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
   part: int = flag(
     10,
-    "The naive selection, and a second lazy one, use one in this many examples.",
+    "Stride through the examples for the naive selection and for a second lazy one.",
     bounds=settings_lib.Bounds(1, 10**6),
     group="data",
   )
@@ -118,7 +118,7 @@ class Training:
     return rng.permutation(self._size)
 
   def epoch(self) -> None:
-    """Trains for one epoch, without the examples that do not fill a last batch."""
+    """Trains for one epoch; examples that do not fill the last batch are left out."""
     for _ in range(self._size // _BATCH_SIZE):
       batch = self._data.load([self._sampler.next(0)])
       self._state, _ = self._step(self._state, *batch, *self._constants)
@@ -265,8 +265,8 @@ def load(settings: Settings) -> examples_lib.Splits:
   """Loads the data set, all of whose training examples have their true labels.
 
   Raises:
-    InputError: the selected share of the examples, or of the part of them that the
-      naive selection uses, has fewer examples than there are classes.
+    InputError: --fraction selects fewer examples than there are classes, either from
+      all examples or from those that the naive selection uses.
   """
   train, test = settings.load("train"), settings.load("test")
   split = noisy_labels.noisy_labels(
