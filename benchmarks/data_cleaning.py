@@ -21,12 +21,12 @@ the rows): --learning_rate at p = 0.7, and --kept_learning_rate by the mean over
 constant, a falling or a rising rate; several rates and decays) were tried at p = 0.9
 with seeds 100, 101 and, for some, 102. Of those that give the weights an AUROC of at
 least 0.986 with each seed, the two with the lowest mean error have 14.5 and 14.6%; the
-second was chosen, because its error is below 17% sooner. So this choice used which
-labels of these seeds are wrong, as no other choice did. That the gradient of each meta
-batch is divided by its norm, too, was added after one of three test runs was 2.7 points
-worse than the others, because of one pixel of one clean image; on seeds 100 to 104, it
-changes the mean error by 0.01 points (p = 0.9) and 0.04 points (p = 0.5). Apart from
-that, no choice used test images.
+second was chosen, because its error falls below 17% sooner. This choice therefore used
+the knowledge of which labels of these seeds are wrong; no other choice did. The
+division of each meta batch's gradient by its norm was added after one of three test
+runs was 2.7 points worse than the others, because of one pixel of one clean image. On
+seeds 100 to 104, the division changes the mean error by 0.01 points (p = 0.9) and 0.04
+points (p = 0.5). No other choice used test images.
 Seconds are CPU time of all processor cores, without compilation and evaluation; they do
 not include the search for a regularization.
 Command: python -m benchmarks.data_cleaning --data_dir=DIR
@@ -67,11 +67,11 @@ METHODS = (
 )
 TABLE = catalog.DATA_CLEANING
 _REGULARIZATION = 0.2
-# The regularizations from which the methods that train on the clean images, and those
-# that do not, choose. With 0.2, `clean_only` is never the best of them.
+# The candidates for the regularization of the methods that train on the clean images,
+# and of `early_stopped`. For `clean_only`, 0.2 was never the best.
 _CLEAN_REGULARIZATIONS = (0.003, 0.01, 0.03, 0.1)
 _NOISY_REGULARIZATIONS = (*_CLEAN_REGULARIZATIONS, _REGULARIZATION)
-# The methods that choose by a held-out fifth of the clean images.
+# The methods that choose their regularization on a held-out fifth of the clean images.
 _TRAINED_ON_CLEAN = ("clean_only", "fine_tuning")
 # The seconds until the test error is first below this number, in %, are reported.
 _TARGET = 17.0
@@ -80,7 +80,7 @@ _TARGET = 17.0
 # not depend on the share.
 _SOBA_RATIO = {0.5: 1e4, 0.7: 1e4, 0.9: 1e3}
 _DEV_SIZE = 5_000
-# The figure shows the final error of these methods: linestyle and label.
+# Methods whose error is a horizontal line in the figure: its linestyle and label.
 _LINES = {
   "clean_only": (":", "clean images alone"),
   "fine_tuning": ("-.", "fine-tuning on them"),
@@ -190,18 +190,19 @@ def load(settings: Settings, share: float, seed: int) -> Data:
   used = settings.num_train + settings.num_meta
   if settings.num_train < settings.batch_size:
     raise base.InputError(
-      f"--num_train={settings.num_train} is less than --batch_size."
+      f"--num_train={settings.num_train} is less than --batch_size; raise"
+      " --num_train or lower --batch_size."
     )
   # `clean_regularization` holds a fifth of the clean images out.
   if settings.num_meta - num_held_out(settings.num_meta) < settings.batch_size:
     raise base.InputError(
       f"--num_meta={settings.num_meta}: four fifths of these images are fewer than"
-      " --batch_size."
+      " --batch_size; raise --num_meta or lower --batch_size."
     )
   if used > len(train.labels):
     raise base.InputError(
       f"--num_train and --num_meta need {used} images, but {train.name} has"
-      f" {len(train.labels)}."
+      f" {len(train.labels)}; lower one of them."
     )
   rng = np.random.default_rng(seed)
   order = rng.permutation(len(train.labels))
@@ -411,7 +412,7 @@ def train_early_stopped(settings: Settings, data: Data, seed: int) -> Chosen:
     sizes = make_sizes(settings, data, regularization)
     result = train(solver, sizes, data, seed, settings.eval_every)
     candidates += [Chosen(result, regularization, i) for i in range(len(result.steps))]
-  # NaN is not below anything, so it must not come first.
+  # `argmin` would select a NaN.
   errors = [x.run.meta_percent[x.evaluation] for x in candidates]
   return candidates[int(np.argmin(np.nan_to_num(errors, nan=np.inf)))]
 
@@ -419,7 +420,7 @@ def train_early_stopped(settings: Settings, data: Data, seed: int) -> Chosen:
 def train_method(
   settings: Settings, name: str, share: float, seed: int, data: Data
 ) -> Chosen:
-  """Trains a method, with its choice of the regularization if it has one."""
+  """Trains a method, which may choose its regularization first."""
   if name == "early_stopped":
     return train_early_stopped(settings, data, seed)
   regularization = _REGULARIZATION

@@ -3,8 +3,8 @@ r"""The time of a training step under `jax.pmap` and under `jax.shard_map`.
 Both run the same program on the devices of all processes, in alternating turns, so that
 other load on the machine affects both equally. What differs is how the arguments and
 results of a step are passed: with several processes, pmap converts arrays of a process
-to arrays of all processes and back. The networks are small, so that this part is
-visible.
+to arrays of all processes and back. The networks are small, so that the time of this
+conversion is visible.
 
 Command, on one machine with two processes of four virtual CPU devices each:
   export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4

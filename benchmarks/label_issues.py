@@ -18,8 +18,8 @@ and the ranking were chosen on other data or seeds: digits with seeds 100 and 10
 training images of MNIST, Fashion-MNIST and CIFAR-10N, iris, and synthetic sets.
 cleanlab uses its default settings. Seconds are CPU time of all processor cores, so that
 other load on the machine does not count.
-Command: python -m benchmarks.label_issues --data_dir=DIR, after pip install cleanlab
-  for the human labels: add --datasets=cifar10_n --num_examples=10000
+Command: python -m benchmarks.label_issues --data_dir=DIR; for the human labels, add
+  --datasets=cifar10_n --num_examples=10000. It needs pip install '.[benchmarks]'.
 Results: results/label_issues.
 """
 

@@ -114,7 +114,7 @@ def kill_one(
 
 
 def outcome(folder: pathlib.Path) -> dict[str, bytes]:
-  """The contents by path of the files that all finished runs must have in common."""
+  """The contents, by path, of the files that must be equal in all finished runs."""
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in sorted(folder.rglob("*"))

@@ -19,12 +19,13 @@ With --peer=torch, the same networks and batches are also timed in PyTorch
 (`benchmarks._torch_steps`), in the same rounds. PyTorch's threads busy-wait for each
 other. On a CPU with other load, this made a step of the MLP 100 times slower, and
 setting OMP_WAIT_POLICY=passive in the environment fixed it. On a GPU without enough
-memory for both frameworks, --peer_only measures PyTorch alone, in another --workdir.
+memory for both frameworks, measure PyTorch alone with --peer_only and another
+--workdir.
 
-Memory that XLA and PyTorch free is not returned to the operating system, but used again
-(`experiments.lib.launch`). Each group is saved when it is finished, and the same
-command continues an interrupted run on the same machine. When all groups are finished,
-the figures are drawn.
+Memory that XLA and PyTorch free is reused instead of being returned to the operating
+system (see `experiments.lib.launch`). Each group is saved when it is finished, and the
+same command continues an interrupted run on the same machine. When all groups are
+finished, the figures are drawn.
 Command: python -m benchmarks.step_time --peer=torch
 Results: results/step_time.
 """
@@ -193,7 +194,7 @@ def _groups(settings, name, on_cpu, engines, shares):
 
 
 def _meta_size(name, share, size, share_of):
-  """M for a share of the batch. `share_of` has the shares of the sizes so far."""
+  """M for a share of the batch. `share_of` maps each M so far to its share."""
   if share * size < 0.999:  # 1 / 3 may be given as 0.3333.
     raise base.InputError(
       f"--meta_sizes={share:g}: this is less than one example of the batch of {name},"

@@ -150,7 +150,7 @@ def make_trainer(
 def _meta_rows(
   sizes: tuple[int, ...], num_meta: int, num_steps: int, seed: int
 ) -> list[np.ndarray]:
-  """For each part of the run, the clean rows of its steps, without repetition."""
+  """For each part of the run, the clean rows of its steps, distinct in each step."""
   rng = np.random.default_rng([seed, 1])
   parts = np.array_split(np.arange(num_steps), len(sizes))
   return [
