@@ -1,10 +1,11 @@
 r"""Data cleaning as a bilevel problem: this library compared with SOBA and SABA.
 
-The task is that of the public benchmark benchopt/benchmark_bilevel: 20,000 standardized
-images of MNIST, a share p of which gets a label drawn from all ten classes; 5,000 clean
-images; a linear classifier without bias that starts at 0; regularization 0.2 |z|^2;
-batches of 64; and the error on the 10,000 test images. The split of the images differs
-from that of the public benchmark, so individual numbers differ by chance.
+The problem is that of the public benchmark benchopt/benchmark_bilevel: 20,000
+standardized images of MNIST, a share p of which gets a label drawn from all ten
+classes; 5,000 clean images; a linear classifier without bias that starts at 0;
+regularization 0.2 |z|^2; batches of 64; and the error on the 10,000 test images. The
+split of the images differs from that of the public benchmark, so individual numbers
+differ by chance.
 
 `clean_only` is the baseline to beat: it trains on the 5,000 clean images alone.
 `fine_tuning` trains uniformly on the noisy images in the first half of the steps, and
