@@ -240,9 +240,16 @@ def test_every_method_learns_and_ranks(run):
   ("arguments", "message"),
   [
     (["--methods=sobo"], "--methods=sobo: choose among l2rw"),
-    (["--num_meta=10"], "--num_meta=10: four fifths of these images are"),
+    (["--num_train=10"], "=10 is less than --batch_size; raise --num_train or lower"),
+    (
+      ["--num_meta=10"],
+      "--num_meta=10: four fifths of these images are fewer than --batch_size; raise",
+    ),
     (["--num_meta=4", "--batch_size=4"], "=4: four fifths of these images are"),
-    (["--num_train=5000"], "need 5080 images, but digits has 1297"),
+    (
+      ["--num_train=5000"],
+      "need 5080 images, but digits has 1297; lower one of them.",
+    ),
     (["--shares=2"], "--shares=2 must lie between 0 and 1"),
     (
       ["--shares=0.5", "--shares=0.3"],
