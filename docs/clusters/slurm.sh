@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Four machines with eight GPUs each, one process for each GPU: under Slurm, JAX gives
-# a process the GPU with the local number of the process. Submit it from a checkout on
+# a process the GPU with the local index of the process. Submit it from a checkout on
 # a file system that all machines share: sbatch docs/clusters/slurm.sh
 #SBATCH --job-name=l2rw_jax
 #SBATCH --nodes=4
