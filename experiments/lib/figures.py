@@ -16,7 +16,7 @@ from l2rw_jax import processes
 Row = report.Row
 plain = table_figure.plain
 # Number of characters that fit into the width of a panel of `panels`.
-_TITLE_WIDTH = 44
+_TITLE_WIDTH = 50
 
 
 @contextlib.contextmanager

@@ -35,9 +35,15 @@ _TunedOnTest = table_lib.TunedOnTest
 _TUNED_ON_TEST = {
   "mnist_noise": (
     _TunedOnTest(
-      "meta_weight_net|warpi|advisor", "the learning rate of the look-ahead"
+      "meta_weight_net|warpi|advisor",
+      "the learning rate of the look-ahead with the constant rate",
+      {"schedule": None},
     ),
-    _TunedOnTest("mentornet_.*", "the percentile with which MentorNet compares losses"),
+    _TunedOnTest(
+      "mentornet_.*",
+      "the percentile with which MentorNet compares losses with the constant rate",
+      {"schedule": None},
+    ),
   ),
   "mnist_long_tail": (
     _TunedOnTest(

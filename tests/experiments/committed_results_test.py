@@ -137,8 +137,9 @@ def test_every_row_names_its_origin(path):
       ["fine_tuning_restarted", "generalized_cross_entropy", "bare"],
       2 * 3,
     ),
-    ("mnist_noise/cosine_mwn", ["meta_weight_net"], 3),
-    ("mnist_noise/cosine_07_mwn", ["meta_weight_net"], 3),
+    ("mnist_noise/cosine_meta", ["meta_weight_net", "warpi", "advisor"], 2 * 3),
+    ("mnist_noise/cosine_mentornet_pd", ["mentornet_pd"], 2 * 3),
+    ("mnist_noise/cosine_mentornet_dd", ["mentornet_dd"], 2 * 3),
     (
       "mnist_noise/fashion_cosine",
       [
