@@ -323,7 +323,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
     draw_method=_draw_method,
     add_legend_entries=add_legend_entries,
     title=lambda dataset, builder, shape, imbalance, num_epochs: (
-      f"{dataset}, {shape} ({builder}), imbalance {imbalance:g}, {num_epochs} epochs"
+      f"{dataset}, {shape} ({builder})\nimbalance {imbalance:g}, {num_epochs} epochs"
     ),
   )
 
