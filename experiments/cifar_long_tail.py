@@ -3,17 +3,17 @@ r"""CIFAR-10 and CIFAR-100 in a long tail, as in the LDAM and Meta-Weight-Net pa
 Papers: LDAM-DRW (Cao et al., NeurIPS 2019): --preset=ldam; Meta-Weight-Net (Shu et
   al., NeurIPS 2019), its code for class imbalance: --preset=mwn.
 Command: python -m experiments.cifar_long_tail --data_dir=DIR
-  --methods=uniform,ldam_drw; --shape=step, --imbalance=10, --dataset=cifar100;
-  --smoke for a few steps on a CPU (with cifar100, also --imbalance=10). With
-  --preset=ldam, pass --num_meta=10 to methods that need meta images. They are drawn
-  from images outside the tail. A class whose images are all in the tail (class 0; with
-  --shape=step, the first half of the classes) gives up 10 training images instead.
+  --methods=uniform,ldam_drw
+  for other tails: --shape=step, --imbalance=10, --dataset=cifar100
+  for a short trial on a CPU: --smoke (with cifar100, also --imbalance=10)
+  With --preset=ldam, also pass --num_meta=10 if a method needs meta images. They are
+  drawn from images outside the tail. A class whose images are all in the tail (class 0;
+  with --shape=step, the first half of the classes) gives up 10 training images instead.
 Device, time: one GPU; ResNet-32, 19,200 steps per run at imbalance 100 (preset ldam).
 Published (CIFAR-10, exponential 100, test accuracy %): ldam: cross-entropy 70.36,
   LDAM 73.35, LDAM-DRW 77.03. mwn: cross-entropy 70.36, L2RW 74.16, Meta-Weight-Net
   75.21, at the best epoch on the test set.
-Measured: results/cifar_long_tail, once it has been run. The main metric is the test
-  accuracy after the last step.
+Measured: nothing yet. The main metric is the test accuracy after the last step.
 """
 
 from collections.abc import Mapping

@@ -17,7 +17,7 @@ Published (CIFAR-10, 40% noise, test accuracy %): l2rw_uniform: baseline 67.97,
   mentornet: baseline 69, MentorNet-PD 77, MentorNet-DD 89. L2RW reports the last
   step, Meta-Weight-Net and WarPI the best epoch on the test set. For mwn_uniform, the
   published baseline and Meta-Weight-Net were trained with different schedules (60,000
-  and 20,000 steps, according to the first author); here all methods share one.
+  and 20,000 steps, according to the first author); here all methods share one schedule.
 Measured: results/cifar_noise has short runs on a CPU. The main metric is measured at
   the last step.
 """
@@ -54,7 +54,7 @@ METHODS = tuple(registries.NOISE)
 class Preset:
   """The training settings of one paper, or of this project for its fast network.
 
-  They are values of the flags of these names, except for:
+  Each attribute is the value of the flag with the same name, except for:
     cosine: whether the learning rate falls to 0 as a cosine, instead of by decays.
     warmup: share of the run in which the learning rate rises.
     decay_all: whether the weight decay includes biases and BatchNorm parameters; see
@@ -133,8 +133,8 @@ PRESETS = {
   ),
   # The later release has 120 epochs of 490 steps.
   "mwn_stable": _MWN_STABLE,
-  # It was not verified that wrong labels are drawn from all classes, including the true
-  # one.
+  # The new labels are drawn from all classes, including the true one. It was not
+  # verified that the paper does this, too.
   "mentornet": Preset(
     network="mentornet_wrn_56_10",
     augmentation="mentornet",
@@ -352,7 +352,7 @@ def make_facts(settings: Settings, preset: Preset) -> dict[str, Any]:
 def make_splits(
   settings: Settings, preset: Preset, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The data of some seeds."""
+  """The splits of the given seeds."""
   facts = make_facts(settings, preset)
   train, test = (settings.load(part, facts["dataset"]) for part in ("train", "test"))
   num_meta = settings.num_meta
@@ -429,8 +429,9 @@ def make_row(
   published = dataclasses.replace(
     PRESETS[settings.preset], noise=preset.noise, noise_fraction=preset.noise_fraction
   )
-  # These flags do not need their defaults: the preset is compared as a whole, `lookup`
-  # compares the data set and the noise, and both variants of the noise are accepted.
+  # These flags may differ from their defaults: the preset is compared as a whole,
+  # `lookup` compares the data set and the noise, and both variants of the noise are
+  # accepted.
   # `make_preset` does not read --num_meta, whose default depends on the classes.
   in_preset = {field.name for field in dataclasses.fields(preset)} - {"num_meta"}
   exempt = ("preset", "dataset", "noise_variant", *in_preset)

@@ -23,7 +23,7 @@ Tuning: the learning rate of each method (1e-3 or 3e-3) and then the share of
   python -m experiments.clean_examples --data_dir=DIR --evaluate_on=validation
   --datasets=mnist --problems=symmetric --num_clean=10 --num_seeds=1
   --learning_rate=RATE --workdir=runs/RATE
-  For Meta-Weight-Net, --lookahead_learning_rate was chosen among 0.01, 0.1 and 1, too.
+  For Meta-Weight-Net, --lookahead_learning_rate was also chosen among 0.01, 0.1 and 1.
 """
 
 from collections.abc import Sequence
@@ -168,7 +168,7 @@ def _part(source: sources.Source, name: str, rows: np.ndarray) -> sources.Source
 def make_splits(
   settings: Settings, dataset: str, problem: str, count: int, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The data of some seeds; `count` changes only the content of the meta set.
+  """The splits of the given seeds; `count` changes only the content of the meta set.
 
   The sets have the same sizes for all problems and counts, so that cells of the same
   `Method` share one compiled program.

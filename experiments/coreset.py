@@ -208,7 +208,7 @@ def make_method(settings: Settings, method: str, fraction: float) -> base.Method
 
 
 def make_facts(settings: Settings, split: examples_lib.Splits) -> list[dict[str, Any]]:
-  """The model, the method and the fraction of all curves, after a check of the flags.
+  """Checks the flags and returns the model, method and fraction of every curve.
 
   A fraction of 1 means all data.
 
@@ -361,9 +361,9 @@ def panels(rows: runner.Rows) -> dict[tuple[str, float], list[int]]:
 def with_equal_seconds(rows: runner.Rows) -> runner.Rows:
   """Returns the rows with accuracies after equal numbers of seconds for all methods.
 
-  These numbers are shares of the seconds of the shortest run of each model and seed.
-  Seeds are treated separately, because the runs of a seed follow each other and the
-  speed of a machine varies.
+  For each model and seed, these numbers of seconds are shares of the seconds of the
+  shortest run. Only runs of the same seed are compared, because they follow each other
+  and the speed of a machine varies.
   """
   extended, compared = [], report.grouped(rows, "network", "seed")
   for one in rows:

@@ -103,7 +103,7 @@ TABLE = table.Layout(
 
 
 def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
-  """The data of some seeds."""
+  """The splits of the given seeds."""
   return [
     noisy_labels.noisy_labels(
       settings.load("train"),

@@ -11,10 +11,10 @@ Command: python -m experiments.fairness --data_dir=DIR
   without a download: --dataset=digits; an attribute: --groups=inverted;
   data condensation: --condense=10,25,50,75 --condense_by=forml_worst
 Device, time: one CPU core, 8 minutes with condensation (MNIST, 3 seeds).
-  The default product of FORML's two learning rates, 0.02, has the highest accuracy on
-  the worst class, averaged over the four objectives, among 0.0004, 0.002, 0.01, 0.02,
-  0.05 and 0.1 on held-out images (--evaluate_on=validation, three seeds). No other
-  method was tuned.
+Tuning: the product of FORML's two learning rates is 0.02 by default. Among 0.0004,
+  0.002, 0.01, 0.02, 0.05 and 0.1, this product has the highest accuracy on the worst
+  class, averaged over the four objectives, on held-out images
+  (--evaluate_on=validation, three seeds). No other method was tuned.
 Published: improved equality of opportunity, but no comparable number.
 Measured: results/fairness.
 """
@@ -152,13 +152,13 @@ class Settings(held_out.Settings, runner.Settings):
 
   @property
   def rate(self) -> float:
-    """Learning rate of SGD, by default lower with inverted images (of larger norm)."""
+    """Learning rate of SGD; its default is lower for inverted images (larger norm)."""
     default = 0.02 if self.groups == "inverted" else 0.1
     return default if self.learning_rate is None else self.learning_rate
 
   @property
   def steps(self) -> int:
-    """Number of parameter updates, by default more for CIFAR-10."""
+    """Number of parameter updates; its default is larger for CIFAR-10."""
     return self.num_steps or (20_000 if self.dataset == "cifar10" else 3000)
 
   @property
@@ -233,7 +233,7 @@ def _make_forml(settings: Settings, objective: str) -> base.Method:
 
 
 def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
-  """The data of some seeds.
+  """The splits of the given seeds.
 
   Raises:
     InputError: --minority_share has no effect or is too small, or another flag about
@@ -274,7 +274,10 @@ def make_cell(
   method: base.Method,
   splits: Sequence[examples_lib.Splits],
 ) -> runner.Cell:
-  """The cell of a line; seeds run side by side, except convolutions on CPU."""
+  """The cell of a line of the table.
+
+  Its seeds run side by side, except for convolutional networks on a CPU.
+  """
   name, percent, kept = (facts[k] for k in ("method", "kept_percent", "kept"))
   if percent is not None:
     name = f"condensed-{name}-{kept}-{percent}"

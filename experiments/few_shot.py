@@ -260,7 +260,7 @@ def ood_source(
       data_dir=settings.data_dir, cache_dir=settings.cache_dir
     )
   elif settings.ood == "digits" or own_data.is_own(settings.ood):
-    # A slice of a split, as below, is not supported for these.
+    # These sources do not support a slice of a split, which is used below.
     source = runner.first_images(settings.load("train", settings.ood), _NUM_OOD)
   else:
     source = settings.load(f"train[:{_NUM_OOD}]", settings.ood)
@@ -271,7 +271,7 @@ def ood_source(
 
 
 def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Episodes:
-  """The tasks of a seed and a share of OOD tasks, which all methods share."""
+  """The tasks for a seed and a share of OOD tasks; all methods use the same tasks."""
   train, meta, tuning, test = settings.class_sources
   if settings.rotations:
     train = image_classes.rotated(train)

@@ -20,8 +20,8 @@ from l2rw_jax import processes
 LOST_STATUS = 75
 # After this time, JAX notices that a process does not answer.
 _HEARTBEAT_SECONDS = 30
-# A process that ends waits at most this time for the others, because process 0 keeps
-# the store that they read.
+# A process that ends waits at most this time for the others, because they read the
+# key-value store of process 0.
 _LEAVE_MS = 5000
 # The process then waits at most this time for the relay (see `_relay_c_output`) to
 # print its last lines and end. The relay does not end while a child process of this
@@ -171,8 +171,8 @@ def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
   if _is_connected:
     if is_mistake:
       processes.publish_failure(reason.removeprefix("error: "))
-    # Other processes may still need the store of process 0, in which they read why they
-    # must end.
+    # Other processes may still need the key-value store of process 0, in which they
+    # read why they must end.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       processes.client().wait_at_barrier("l2rw_jax/leave", _LEAVE_MS)
   for stream in (sys.stdout, sys.stderr):

@@ -60,7 +60,8 @@ class Settings(settings_lib.Settings):
 def column(settings: Any) -> dict[str, str]:
   """The column of rows that were not measured on the test set, such as "validation".
 
-  Rows of the test set do not have it, like those of older versions.
+  Rows that were measured on the test set do not have this column, and neither do rows
+  of older versions.
   """
   part = getattr(settings, "evaluate_on", "test")
   return {} if part == "test" else {"evaluate_on": part}

@@ -197,8 +197,9 @@ def write(
 def notes_on_chance(issues: audit.LabelIssues) -> list[str]:
   """A note if the network has not learned the classes, or nothing.
 
-  The share of examples whose most likely class is the given label, averaged over the
-  classes, is compared with that of random classes, up to two standard errors.
+  The statistic is the share of examples whose most likely class is the given label,
+  averaged over the classes. There is a note unless this share is at least two standard
+  errors above that of random predictions, or there is only one class.
   """
   sizes = issues.confusion.sum(axis=0)
   is_present = sizes > 0

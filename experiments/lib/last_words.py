@@ -28,7 +28,7 @@ _REPORT = re.compile(
   b"(?!%s).*(coordination_service|the JAX distributed service detected)"
   % (_LEVEL % (b"IW", b"IW"))
 )
-# Matches the beginning of a line that may be the report's.
+# Matches the beginning of a line that may belong to the report.
 _ERROR = re.compile(_LEVEL % (b"EF", b"EF"))
 _LOST_TASKS = re.compile(rb"stopped sending heartbeats\):\s+(\d+)")
 # Lines about the progress of connections, for each device.

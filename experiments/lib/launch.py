@@ -113,7 +113,7 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
     try:
       _print_help(settings, values)
       sys.stdout.flush()
-    except BrokenPipeError:  # Of `--help | head`, which has read enough.
+    except BrokenPipeError:  # For example, `--help | head` stops reading early.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)  # Every absl program exits with this status after --help.
   if rest:

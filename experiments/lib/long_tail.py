@@ -55,8 +55,8 @@ class Settings(
   )
   imbalance: tuple[float, ...] = flag((100.0,))
   builder: str | None = preset_flag(
-    "Paper whose class sizes are used: ldam (meta images are those that the tail"
-    " leaves over; a class with too few of them gives up training images) or mwn (meta"
+    "Paper whose class sizes are used: ldam (meta images are drawn from images outside"
+    " the tail; a class with too few of these gives up training images) or mwn (meta"
     " images are removed before the tail is made).",
     choices=long_tail.BUILDERS,
     group="data",
@@ -162,7 +162,10 @@ _OVERRIDING = (
 
 
 def with_flags(settings: Settings, experiment: Experiment) -> Experiment:
-  """The experiment with the flags; a changed preset is not comparable."""
+  """The experiment with the values of the flags.
+
+  If the preset changes, its results are not compared with published numbers.
+  """
   old = experiment.preset
   rates = ("learning_rate", "momentum", "weight_decay")
   others = ("num_epochs", "batch_size", "builder", "num_meta", "deferred")
@@ -184,7 +187,7 @@ def with_flags(settings: Settings, experiment: Experiment) -> Experiment:
 def _make_splits(
   settings: Settings, experiment: Experiment, imbalance: float, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The data of some seeds."""
+  """The splits of the given seeds."""
   return [
     long_tail.long_tail_splits(
       experiment.train,
@@ -256,7 +259,7 @@ def _rows(
   counts = _counts(split)
   limits = evaluation.shot_thresholds(counts)
   published = None
-  # These flags do not need their defaults: the script, `with_flags` and
+  # These flags may differ from their defaults: the script, `with_flags` and
   # `published_cifar.long_tail` compare their values.
   exempt = ("dataset", "preset", "network", "shape", "imbalance", *_OVERRIDING)
   if experiment.comparable and settings.follows({}, cell.method_name, exempt):
@@ -353,8 +356,8 @@ def note_on_sizes(train: sources.Source) -> str | None:
     return None
   return (
     f"The classes of {train.name} have {smallest} to {largest} training"
-    " images. The tail is cut from them, and its largest class is not larger than their"
-    " smallest one. To train on the classes as they are, use the library"
+    " images. The tail is cut from these classes, and its largest class is not larger"
+    " than the smallest of them. To train on the classes as they are, use the library"
     " (docs/your_own_data.md)."
   )
 
@@ -378,7 +381,8 @@ def run(
   for imbalance in dict.fromkeys(settings.imbalance):
     cells += make_cells(settings, experiment, names, imbalance)
   runner.check(settings, cells)
-  # The rates are a default that has changed, so a folder must have the same ones.
+  # The default rates have changed between versions, so they are recorded: a folder can
+  # only be continued with the same rates.
   rates = dict(experiment.preset.learning_rates)
   facts = {"learning_rates": rates} if rates else {}
   folder = runner.open_folder(settings, experiment.table.name, workdir, **facts)

@@ -61,8 +61,9 @@ class OptimizerConfig:
       momentum.
     drops: pairs of a share of the run and a factor by which the learning rate is then
       multiplied.
-    decay_all: whether biases and BatchNorm decay too, as with PyTorch's optimizers;
-      otherwise only kernels decay, as with the L2 losses of released TensorFlow code.
+    decay_all: whether biases and BatchNorm parameters decay, too, as with PyTorch's
+      optimizers. Otherwise only kernels decay, as with the L2 losses of released
+      TensorFlow code.
     warmup: share of the run in which the learning rate rises in five equal
       increments (in LDAM's code, one for each of the first five epochs).
     cosine: whether the learning rate falls to 0 as a cosine instead of by drops.

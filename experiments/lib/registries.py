@@ -296,7 +296,7 @@ class Problem(NamedTuple):
 
   Attributes:
     lookahead_learning_rate: learning rate of the look-ahead step of meta-learned
-      methods, a number or `step -> number`; in the papers it is the classifier's.
+      methods, a number or `step -> number`; the papers use the classifier's rate.
     num_steps: number of updates.
     num_classes: C.
     noise_fraction: the parameter of the noise builder; for human labels, the actual
@@ -331,7 +331,7 @@ def simple_method(
   Args:
     name: name of the method.
     num_steps: number of steps of the run, of which fine-tuning takes the last ones.
-    variants: makers of other methods, and of methods with settings, by name.
+    variants: functions by name that make other methods, or methods with settings.
   """
 
   def fine_tuning():
@@ -461,7 +461,10 @@ def _ldam(balance: str, hinge: bool = False) -> Factory:
 
 
 def _absgd_ldam_drw(settings: LongTailSettings, problem: Problem) -> base.Method:
-  """ABSGD on LDAM's losses, weighted by class before the exponential, as released."""
+  """ABSGD on LDAM's losses, which are weighted by class before the exponential.
+
+  The released code of ABSGD does the same.
+  """
   beta = settings.beta
   class_balance.check_beta(beta)
   ldam = ldam_drw.loss(settings.ldam_margin, settings.ldam_scale)
