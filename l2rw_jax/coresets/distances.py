@@ -63,12 +63,12 @@ class OuterProducts(NamedTuple):
   Attributes:
     left: u, [n, C], divided by a power of two.
     right: v, [n, d], divided by a power of two.
-    precision: weights of the squared coordinates divided by a power of two, [C, d];
-      None if all weights are 1.
+    precision: the weight 1 / scale^2 of each squared coordinate, divided by a power of
+      two, [C, d]; None if all weights are 1.
     squares: squared norms of the points, [n], divided by the square of `unit`.
-    unit: the factor from the distances of the divided points to those of the given
-      points, scalar: the product of the powers of two of `left` and `right` and of the
-      square root of the power of two of `precision`.
+    unit: the factor by which distances computed from these arrays are multiplied,
+      scalar: the product of the powers of two of `left` and `right` and of the square
+      root of the power of two of `precision`.
   """
 
   left: base.Array
@@ -102,14 +102,15 @@ def vectors(points: base.Array, num_points: int | base.Array | None = None) -> V
   For up to 32 coordinates, squared differences are summed, so that small distances are
   accurate. For more coordinates, the squared distance is |a|^2 + |b|^2 - 2 a.b, which
   takes one matrix product; a result below its rounding error is replaced by 0. The
-  rounding error grows with the norms. Therefore, a coordinate whose mean is larger than
-  its standard deviation is first shifted to mean 0, which changes no distance.
+  rounding error grows with the norms. Therefore, a coordinate whose mean is larger in
+  magnitude than its standard deviation is first shifted to mean 0, which changes no
+  distance.
   Distances from and to points that are not finite are NaN or infinite.
 
   Args:
     points: real numbers, [n, d].
-    num_points: all points after this number are padding, whose distances have no
-      meaning. None if there is no padding.
+    num_points: all points after the first `num_points` are padding, and distances to
+      them have no meaning. None if there is no padding.
   """
   points, unit = _in_units(_wide(points))
   if points.shape[1] > _FEW_COORDINATES:
@@ -152,7 +153,7 @@ def outer_products(
 
 @jax.jit
 def _shifted(points, num_points):
-  """Points [n, d] without the means that are larger than the standard deviations.
+  """Subtracts the mean of each coordinate whose mean exceeds its standard deviation.
 
   A few outliers cannot cause such a mean. If they could, the shift would round the
   other points to the precision of the outliers.
@@ -169,7 +170,7 @@ def _shifted(points, num_points):
 
 
 def _in_units(x):
-  """`x` divided by a power of two, so that its largest entry is about 1; that power."""
+  """Returns `x` / unit and the unit, a power of two near the largest entry of `x`."""
   largest = jnp.max(jnp.abs(x), initial=0)
   is_usual = (largest > 0) & jnp.isfinite(largest)
   _, exponent = jnp.frexp(jnp.where(is_usual, largest, 1))
@@ -178,7 +179,7 @@ def _in_units(x):
 
 
 def _wide(points):
-  """Replicated points in float32 or wider: integers would wrap, half types round."""
+  """Replicated points in float32 or wider, because narrower types overflow or round."""
   points = base.unsharded(jnp.asarray(points))
   return points.astype(base.accumulator_dtype(points.dtype))
 
@@ -188,5 +189,5 @@ def _from_inner_products(inner, row_squares, squares):
   total = row_squares[:, None] + squares[None, :]
   squared = total - 2 * inner
   rounding = 16 * jnp.finfo(total.dtype).eps
-  # A comparison with NaN is false, so a NaN remains NaN and does not become 0.
-  return jnp.sqrt(jnp.where(squared <= rounding * total, 0, squared))
+  # This comparison is false for NaN and for two infinities, so that neither becomes 0.
+  return jnp.sqrt(jnp.where(squared < rounding * total, 0, squared))

@@ -15,8 +15,8 @@ point, or C if no point is selected. Selecting point j increases F by
 C does not change the selection: the first gain is n C - sum_i d_ij, which is largest
 for the point with the smallest sum of distances, and afterwards every m_i is a
 distance. If several computed gains are largest, the lowest index is selected; gains
-that are equal in exact arithmetic can differ by rounding. The n x n matrix is never
-stored; memory is proportional to a block of its rows, [block, n].
+that are equal in exact arithmetic can differ by rounding. The n x n distance matrix is
+never stored; memory is proportional to a block of its rows, [block, n].
 
 References:
   Nemhauser, Wolsey, Fisher, "An analysis of approximations for maximizing submodular
@@ -88,7 +88,7 @@ def lazy_greedy(
   Up to rounding, the selection is the same as if every gain were evaluated at every
   step. Gains never increase from step to step, so that an earlier gain of a point is an
   upper bound on its current gain. Each step re-evaluates the points with the largest
-  bounds, a few at a time, until no other point can have a larger gain.
+  bounds, a few at a time, until the largest bound is a re-evaluated gain.
 
   Args:
     points: `distances.vectors` or `distances.outer_products`, all finite.
@@ -108,7 +108,7 @@ def lazy_greedy(
 
   Raises:
     InputError: a size that is not traced is out of range, `size` is traced and
-      `capacity` is None, or `block` or `candidates` is below 1.
+      `capacity` is None, or `block` or `candidates` is not a positive integer.
 
   >>> import jax.numpy as jnp
   >>> line = distances.vectors(jnp.array([[0.], [1.], [1.5], [6.], [7.], [20.]]))
@@ -211,7 +211,7 @@ def stochastic_greedy(
     A `Selection`.
 
   Raises:
-    InputError: see `lazy_greedy`, or `num_candidates` is below 1.
+    InputError: see `lazy_greedy`, or `num_candidates` is not a positive integer.
   """
   capacity, num_points = _check(points, size, capacity, num_points)
   num_candidates = base.check_integer("num_candidates", num_candidates)
@@ -248,7 +248,7 @@ def _stochastic_greedy(key, points, size, num_points, bound, capacity, num_candi
 
 
 def _check(points, size, capacity, num_points):
-  """Checks sizes, as far as they are not traced, and returns (capacity, num_points)."""
+  """Checks the sizes that are not traced; returns (capacity, num_points)."""
   num_points = points.num_points if num_points is None else num_points
   is_traced = isinstance(size, jax.core.Tracer)
   if capacity is None:

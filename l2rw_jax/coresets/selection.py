@@ -53,12 +53,13 @@ def class_budgets(
       round up), or "equal" for all classes.
 
   Raises:
-    InputError: `size` is not an integer or out of range, `budget` is unknown, or the
-      counts are not non-negative integers, or all are 0.
+    InputError: `size` is not an integer or is out of range, `budget` is unknown, or the
+      counts are masked, are not non-negative integers, or are all 0.
 
   >>> print(class_budgets([50, 30, 2], 8), class_budgets([50, 30, 2], 8, "equal"))
   [4 3 1] [3 3 2]
   """
+  base.refuse_mask("class_counts", class_counts)
   given = np.asarray(class_counts)
   if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
     raise base.InputError(
@@ -71,8 +72,8 @@ def class_budgets(
     raise base.InputError(f"budget={budget!r}: choose one of {BUDGETS}.")
   if (counts < 0).any() or not counts.any():
     raise base.InputError(
-      f"class_counts={counts.tolist()}: counts must be at least 0, and one of them"
-      " above 0."
+      f"class_counts={counts.tolist()}: counts must be at least 0, and at least one"
+      " of them above 0."
     )
   present = int((counts > 0).sum())
   if not isinstance(size, int | np.integer):
@@ -137,7 +138,12 @@ def select(
       large that its square overflows.
   """
   check_greedy(greedy, epsilon)
-  arguments = {"proxies": proxies, "labels": labels, "features": features}
+  arguments = {
+    "proxies": proxies,
+    "labels": labels,
+    "features": features,
+    "scale": scale,
+  }
   for name, values in arguments.items():
     base.refuse_mask(f"select: {name}", values)
   labels = np.asarray(labels)

@@ -48,6 +48,16 @@ def test_points_that_are_not_finite_have_no_finite_distance(dims):
   assert not np.isfinite(actual[0, 1:]).any()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_distances_from_infinite_points_are_never_zero(sign):
+  points = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+  points[0, 0] = sign * np.inf
+  actual = np.asarray(distances.vectors(points).distances(jnp.arange(5)))
+  assert not np.isfinite(actual[0]).any() and not np.isfinite(actual[:, 0]).any()
+  outer = distances.outer_products(points[:, :2], points[:, 2:])
+  assert not np.isfinite(outer.distances(jnp.array([0]))).any()
+
+
 def test_points_without_coordinates_have_distances_of_zero():
   actual = distances.vectors(np.zeros((3, 0))).distances(jnp.array([0, 2]))
   np.testing.assert_array_equal(actual, np.zeros((2, 3)))

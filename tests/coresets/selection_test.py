@@ -186,6 +186,11 @@ def test_budgets_need_integers(counts):
     coresets.class_budgets(counts, 1)
 
 
+def test_budgets_refuse_masked_counts():
+  with pytest.raises(base.InputError, match="class_counts must not be a masked array"):
+    coresets.class_budgets(np.ma.masked_equal([3, 5], 3), 1)
+
+
 @pytest.mark.parametrize("size", [2.5, 2.0, "2", float("nan")])
 def test_sizes_are_integers(size):
   with pytest.raises(base.InputError, match=r"size=.* must be an integer"):
@@ -219,6 +224,11 @@ _EYE, _TWO_CLASSES = np.eye(3), [0, 0, 1]
       (_EYE, _TWO_CLASSES, 2),
       {"features": np.ones((3, 2)), "scale": np.where(_EYE, 1.0, 4e-39)},
       "at least 1.18e-38 in magnitude",
+    ),
+    (
+      (_EYE, _TWO_CLASSES, 2),
+      {"features": np.ones((3, 2)), "scale": np.ma.masked_equal(_EYE + 1, 2)},
+      "scale must not be a masked array",
     ),
     ((np.float32([[1e20], [0]]), [0, 0], 1), {}, "too large to be squared"),
     ((_EYE, [0, np.nan, 1], 2), {}, "labels must be finite"),
