@@ -26,7 +26,7 @@ def cached_arrays(
 
   The cache has one uncompressed `.npz` file for each key. The file is written under a
   temporary name and renamed, so that it is complete even if a process is killed or two
-  write it at once, and its SHA-256 is verified whenever it is read. If a file
+  processes write it at once, and its SHA-256 is verified whenever it is read. If a file
   is damaged, its arrays are built again. If the folder cannot be written, the arrays
   are built again next time. In both cases a warning is logged.
 

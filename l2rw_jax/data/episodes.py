@@ -55,8 +55,8 @@ class Pool(NamedTuple):
   """The truth about the training tasks, which methods must not use.
 
   Attributes:
-    classes: classes of each task, [N, ways]. The classes of `ood`, which are out
-      of distribution, have the first numbers, the classes of `train` the next ones.
+    classes: classes of each task, [N, ways]. The out-of-distribution classes of `ood`
+      are numbered first, and the classes of `train` after them.
     is_ood: whether a task is out of distribution, bool [N].
     is_wrong: whether an image's class is not the class of its way, bool
       [N, ways, k + q].
@@ -116,8 +116,8 @@ def episodes(
   validation and test tasks do not depend on `ood_share` or `noise_share`.
 
   NestedMAML can learn one weight for all tasks of a group. Groups are k-means clusters
-  (scikit-learn) of descriptors with an entry for every class of `ood` and `train`,
-  which is 1 if the task has the class and 0 otherwise.
+  (scikit-learn) of task descriptors. A descriptor has an entry for every class of `ood`
+  and `train`, which is 1 if the task has the class and 0 otherwise.
 
   Args:
     train: images of the training classes.
@@ -340,7 +340,7 @@ def _check(train, meta, test, ood, ood_share, noise_share):
       )
   if ood is None and ood_share:
     raise base.InputError(
-      f"ood_share={ood_share} needs a source ood; pass one, or set it to 0."
+      f"ood_share={ood_share} needs a source ood; pass one, or set ood_share to 0."
     )
   if not 0 <= ood_share < 1:
     raise base.InputError(f"ood_share must lie in [0, 1); got {ood_share}.")

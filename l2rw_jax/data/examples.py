@@ -25,8 +25,8 @@ class Examples(NamedTuple):
   """One part of the data: N examples, possibly none.
 
   Attributes:
-    image: uint8 or floating point [N, ...]. Pixels stay uint8, in a quarter of the
-      memory of float32, until the model scales them (`classifier.Classifier`). The
+    image: uint8 or floating point [N, ...]. Pixels stay uint8, which takes a quarter of
+      the memory of float32, until the model scales them (`classifier.Classifier`). The
       field may also be a row source: any object with `len`, `shape` and `dtype` that
       returns an array when indexed with a slice or an array of rows. A row source may
       be indexed from several threads at a time. It may have an attribute `fingerprint`,
@@ -58,9 +58,9 @@ class Splits(NamedTuple):
     validation: a set like `train`, for tuning; N = 0 if there is none.
     test: the test set, clean.
     num_classes: C.
-    fingerprint: 16 hex digits of a SHA-256. `assemble` hashes the names and versions of
-      the data sets and the source rows and labels of all four parts, and their groups
-      if these are not the classes; `from_arrays` hashes shapes and labels.
+    fingerprint: 16 hex digits of a SHA-256. `assemble` hashes the name, version and
+      split of each source, the source rows and labels of all four parts, and their
+      groups if these are not the classes; `from_arrays` hashes shapes and labels.
   """
 
   train: Examples
@@ -406,7 +406,8 @@ def check_images(images: Any, what: str) -> None:
   """Raises InputError unless the images are uint8 or floats, finite in float32.
 
   Floats are read in blocks, so that a row source may be larger than memory. A row
-  source with a `fingerprint` is not read; training stops at a loss that is not finite.
+  source with a `fingerprint` is not read. If it contains NaN or infinite values,
+  training stops at the first loss that is not finite.
 
   Args:
     images: [N, ...], an array or a row source as in `Examples.image`.

@@ -11,7 +11,7 @@ from l2rw_jax.data import examples as examples_lib
 def fingerprint(splits: examples_lib.Splits) -> str:
   """SHA-256 over the content of all four parts and `splits.fingerprint`.
 
-  Pixels of uint8 enter as x / 255 in float32, which a network gets by default.
+  uint8 pixels x are hashed as x / 255 in float32, the default input of a network.
 
   Args:
     splits: the data of one run. A row source with an attribute `fingerprint` is

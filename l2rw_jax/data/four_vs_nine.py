@@ -28,8 +28,8 @@ def four_vs_nine(
 
   As in the authors' program, floor(num_train (1 - majority)) fours and
   floor(num_train majority) nines are drawn. Both numbers are computed in floating
-  point, so that at 0.9 their sum is one less than `num_train`. The meta set is then
-  chosen from these images, half of it fours and half nines.
+  point, so that for a majority of 0.9 their sum is one less than `num_train`. The meta
+  set is then chosen from these images, half of it fours and half nines.
 
   Args:
     train: the source of the training and meta sets.

@@ -57,7 +57,8 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
   """Images in files root/split/CLASS/FILE, such as those of mini-ImageNet.
 
   This is the layout of TFDS's `ImageFolder` and of torchvision: one folder for each
-  class, in the order of their names. Images in subfolders belong to the class, too.
+  class. Classes are numbered in the order of the folder names. Images in subfolders
+  belong to the class, too.
   Hidden files and folders are left out. Images (JPEG, PNG or BMP) are converted to RGB
   with 8 bits per channel and resized to `size` by `size`.
 
@@ -148,14 +149,15 @@ def _read(path: pathlib.Path, size: int) -> np.ndarray:
 
 
 def resized(images: np.ndarray, size: int, channels: int) -> np.ndarray:
-  """Resizes uint8 [N, H, W, 1 or 3] to [N, size, size, channels], with antialiasing.
+  """Resizes uint8 [N, H, W, 1, 3 or 4] to [N, size, size, channels], antialiased.
 
   Three channels are converted to one by their luminance; one channel is copied to
-  three. A fourth channel (transparency) is left out.
+  three. A fourth channel (transparency) is left out. Images that already have the
+  requested shape are returned unchanged.
 
   Raises:
-    InputError: the images must change, and they or the results do not have the channels
-      of gray or color images.
+    InputError: images of another shape do not have 1, 3 or 4 channels, or `channels` is
+      not 1 or 3.
   """
   from PIL import Image
 

@@ -66,7 +66,8 @@ def read(
 
   Args:
     path: the file.
-    size: height and width of the result; its limits with `keep_aspect_ratio`.
+    size: height and width of the result, or the largest allowed height and width with
+      `keep_aspect_ratio`.
     channels: 1 (gray) or 3 (RGB).
     keep_aspect_ratio: whether to make the image as large as `size` allows without
       distorting it, instead of stretching it to exactly this size.
@@ -120,7 +121,7 @@ def to_8_bits(image: Any) -> Any:
     raise ValueError(
       f"its pixels lie between {least:.0f} and {most:.0f}: convert it to 8 or 16 bits"
     )
-  return Image.fromarray(np.round(pixels / 257).astype(np.uint8))  # 65535 / 255
+  return Image.fromarray(np.round(pixels / 257).astype(np.uint8))  # 257 = 65535 / 255.
 
 
 def _opaque(image: Any) -> Any:

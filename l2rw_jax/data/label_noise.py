@@ -341,7 +341,7 @@ def _check_variant(variant: str, num_classes: int) -> None:
 
 
 def _checked_rate(num_classes: int, rate: float) -> float:
-  """`rate` as a number of Python: others would determine the type of the matrix."""
+  """`rate` as a Python float: a NumPy scalar would determine the type of the matrix."""
   _check_variant(VARIANTS[0], num_classes)
   check_share("rate", rate)
   return float(rate)
