@@ -100,7 +100,7 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
       f"{path} cannot be read: {error.strerror or 'it is not a NumPy archive'}"
     ) from error
   except (ValueError, EOFError, KeyError, zipfile.BadZipFile, SyntaxError) as error:
-    # NumPy also takes a file that is not an archive for pickled objects.
+    # For a file that is not an archive, NumPy's error is also about pickled objects.
     if str(error).startswith("Object arrays"):
       raise base.InputError(
         f"{path} contains Python objects, which are not read because they can run code;"

@@ -139,7 +139,7 @@ def duplicates(features: np.ndarray) -> np.ndarray:
 
 
 def num_copies(features: np.ndarray, others: np.ndarray) -> int:
-  """The number of examples of which some other examples contain an exact copy.
+  """The number of examples that have an exact copy among some other examples.
 
   Args:
     features: the features of the examples, [N, ...].

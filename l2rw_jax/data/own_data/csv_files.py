@@ -20,10 +20,9 @@ def csv_cell(text: str) -> str:
   """Escapes text for a CSV file so that `read` and spreadsheets take it as text.
 
   Text that a spreadsheet would evaluate as a formula (it starts with =, +, -, @, a tab
-  or a carriage return and is not a number) and text that `read` would take for a
+  or a carriage return and is not a number) and text that `read` would treat as a
   missing label (such as None, the name of a folder) gets a leading apostrophe, which
-  `read` removes. Text that would become such text without its leading apostrophes gets
-  one more.
+  `read` removes. Such text that already starts with apostrophes gets one more.
 
   >>> csv_cell("=A1"), csv_cell("-1.5"), csv_cell("cat"), csv_cell("'=A1")
   ("'=A1", '-1.5', 'cat', "''=A1")
@@ -77,7 +76,7 @@ def _parsed(text: str, delimiter: str, is_strict: bool = False) -> Any:
 
 
 def _check_quotes(path: pathlib.Path, text: str, delimiter: str) -> None:
-  """Raises InputError if a cell with an opening quotation mark swallows other rows.
+  """Raises InputError if a cell with an opening quotation mark extends to other rows.
 
   Text after a closing quotation mark is allowed within a line.
   """
@@ -108,8 +107,8 @@ def corrected_labels(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     of their classes, n strings.
 
   Raises:
-    InputError: the file cannot be read, lacks a column, or has a row that is not a
-      number, has no label, or occurs twice.
+    InputError: the file cannot be read, lacks a column, or has a line whose row number
+      is not a number or occurs twice, or whose label is empty.
   """
   path = pathlib.Path(path).expanduser()
   header, *lines = read_rows(path) or [[]]

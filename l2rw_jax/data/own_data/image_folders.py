@@ -18,8 +18,8 @@ from l2rw_jax.data.own_data import csv_files
 # images, in a fraction of the time.
 _LARGEST_SIDE = 64
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
-# If a 16-bit file has a 12-bit image, no pixel exceeds this after the
-# conversion to 8 bits.
+# If a 16-bit file has a 12-bit image, no pixel exceeds this after the conversion to 8
+# bits.
 _BRIGHTEST_OF_12_BITS = 16
 # Folders with these names are parts of a data set, not classes.
 _PART_NAMES = frozenset(
@@ -74,7 +74,10 @@ def list_images(
 
 
 def _is_of_train(folder: pathlib.Path, listing: pathlib.Path) -> bool:
-  """Whether the paths of a list are relative to folder/train, as in an exported one."""
+  """Whether the paths of a list are relative to folder/train, not to the folder.
+
+  This is so in a list that the page of label issues exports for a training set.
+  """
   cells = [cell for row in csv_files.read_rows(listing)[:20] for cell in row]
   in_folder, in_train = (
     any(_file_within(place, cell) for cell in cells)
@@ -151,8 +154,8 @@ def _listed_columns(
     label_at, is_header = 1 - path_at, True
   elif (paths or labels) and len(names) > 2 and not is_row:
     raise base.InputError(
-      f"{listing} has the columns {', '.join(names)}; call that of the paths one of"
-      f" {', '.join(_PATH_COLUMNS)}, and that of the labels one of"
+      f"{listing} has the columns {', '.join(names)}; name the column of paths one of"
+      f" {', '.join(_PATH_COLUMNS)}, and the column of labels one of"
       f" {', '.join(csv_files.LABEL_COLUMNS)}"
     )
   if len(names) > 2:
@@ -216,14 +219,14 @@ def _file_within(folder: pathlib.Path, cell: str) -> pathlib.Path | None:
   forms = [unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")]
   for name in dict.fromkeys((unquoted, stripped, slashes, *forms)):
     try:
-      # Lexically, because the target of a link may be outside of the folder.
+      # Links are not resolved, because their targets may be outside of the folder.
       inside = os.path.relpath(os.path.join(os.path.abspath(folder), name), folder)
       if os.path.isabs(name) and inside.startswith(os.pardir):
         inside = os.path.relpath(os.path.realpath(name), os.path.realpath(folder))
       path = folder / inside
       if os.pardir not in pathlib.PurePath(inside).parts and path.is_file():
         return path
-    except (OSError, ValueError):  # It is too long or has a null character.
+    except (OSError, ValueError):  # The name is too long or has a null character.
       continue
   return None
 
@@ -290,7 +293,7 @@ def decode(
     return examples, row_sources.ImageFiles(examples.values, size, channels)
   features = np.empty((len(examples.names), *size, channels), np.uint8)
   is_good = np.zeros(len(examples.names), bool)
-  brightest: list[int] = []  # Of every image with more than 8 bits per pixel.
+  brightest: list[int] = []  # For each image that has more than 8 bits per pixel.
   for row, (example, path) in enumerate(
     zip(examples.names, examples.values, strict=True)
   ):
@@ -313,8 +316,8 @@ def _note_dark_images(brightest: list[int], notes: list[str]) -> None:
   Cameras and scanners often store 10 or 12 bits in 16-bit files.
 
   Args:
-    brightest: the largest value of each of these images, of 255.
-    notes: the notes.
+    brightest: the largest value of each of these images, from 0 to 255.
+    notes: a list to which the note is appended.
   """
   if brightest and max(brightest) <= _BRIGHTEST_OF_12_BITS:
     notes.append(

@@ -8,7 +8,7 @@ from l2rw_jax import base
 
 # Rounding can make pixels that have been divided by 255 slightly larger than 1.
 _WHITE = 1.001
-# Data sets whose largest values differ by a larger factor have different scales.
+# Data sets whose largest values differ by a larger factor count as differently scaled.
 _SAME_SCALE = 10
 
 
@@ -33,7 +33,7 @@ BYTES = Pixels(is_uint8=True, factor=1, highest=255.0)
 
 
 def pixels_of(features: np.ndarray) -> Pixels:
-  """Returns the scale of features, uint8 or float32 [N, ...], as they are."""
+  """Returns the scale of features [N, ...] that are already uint8 or float32."""
   lowest, highest, _ = _range(features)
   return Pixels(features.dtype == np.uint8, 1, max(highest, -lowest))
 

@@ -19,7 +19,7 @@ from l2rw_jax.data.own_data import table_encoder
 from l2rw_jax.data.own_data import tables
 
 KINDS = ("images", "npz", "csv")
-_TEST_EVERY = 5  # Every fifth example of a class is held out.
+_FOLDS = 5  # One fifth of the examples of each class is held out.
 _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 
 
@@ -150,11 +150,11 @@ def _train_and_test(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarr
   test = []
   for members in base.rows_by_class(labels, np.unique(labels)):
     rows = rng.permutation(members)
-    test.append(rows[: len(rows) // _TEST_EVERY])
+    test.append(rows[: len(rows) // _FOLDS])
   held_out = np.sort(np.concatenate(test))
   if not len(held_out):
     raise base.InputError(
-      f"{name} has no class of {_TEST_EVERY} or more examples, so that no test set can"
+      f"{name} has no class of {_FOLDS} or more examples, so that no test set can"
       " be held out; give it more examples, or a separate test set"
     )
   return np.setdiff1d(np.arange(len(labels)), held_out), held_out
@@ -171,8 +171,8 @@ def _convert(
 ) -> containers.OwnData:
   """Converts the examples `chosen` to the format `like`.
 
-  Without `like`, rows `train` determine the format of a table or an array [N, D], and
-  all rows that of images and of other arrays.
+  Without `like`, the format of a table or an array [N, D] is determined by the rows
+  `train`, and the format of images and of other arrays by all rows.
   """
   examples = raw.take(chosen)
   encoder = None if like is None else like.encoder
@@ -191,8 +191,9 @@ def _convert(
           f"The column {k!r} numbers the rows and was left out." for k in raw.left_out
         )
         raw.notes.extend(
-          f"The column {k!r} has one value for each label. If it is a copy of them,"
-          " delete it: with it, a network learns wrong labels as easily as right ones."
+          f"The column {k!r} has one value for each label. If it is a copy of the"
+          " labels, delete it: from a copy, a network learns wrong labels as easily as"
+          " right ones."
           for k in known
           if tables.is_copy(raw.values[k], raw.labels)
         )
@@ -277,9 +278,10 @@ def _unified(labels: np.ndarray, like: containers.Form | None) -> np.ndarray:
   """Labels in which "1.0" and "+1" are the same class as "1".
 
   Without `like`, ".0" and "+" are removed if all labels are whole numbers. With `like`,
-  a label that is not one of its classes becomes the class that differs only by them, if
-  any. Unicode has two forms of some letters, such as é; file systems and spreadsheets
-  use different ones, so labels are converted to the same form (NFC).
+  a label that is not one of its classes becomes the class that differs from the label
+  only in ".0" or "+", if there is one. Unicode has two forms of some letters, such as
+  é; file systems and spreadsheets use different ones, so labels are converted to the
+  same form (NFC).
   """
   names = [unicodedata.normalize("NFC", str(label)) for label in labels]
   if like is None:

@@ -18,7 +18,8 @@ _LEAST_ROWS = 20
 def parse_name(place: str, label_column: str | None) -> tuple[pathlib.Path, str | None]:
   """Parses FILE or FILE#NAME into the path and the name of the label column.
 
-  `place` is the whole path if `label_column` is given or such a file exists.
+  If `label_column` is given, or `place` is the path of an existing file, all of `place`
+  is the path.
   """
   path = pathlib.Path(place).expanduser()
   if label_column is None and not path.exists() and "#" in place:
@@ -95,7 +96,7 @@ def read_table(path: pathlib.Path, label_column: str | None) -> containers.Raw:
 def is_copy(column: np.ndarray, labels: np.ndarray) -> bool:
   """Whether each value of a column belongs to one label, and each label to one value.
 
-  False if there are fewer than 20 rows or two labels.
+  False if there are fewer than 20 rows or fewer than two labels.
   """
   number = len(set(labels))
   if len(labels) < _LEAST_ROWS or number < 2 or len(set(column)) != number:
@@ -104,7 +105,7 @@ def is_copy(column: np.ndarray, labels: np.ndarray) -> bool:
 
 
 def _counts_rows(column: np.ndarray, rows: Sequence[int]) -> bool:
-  """Whether a column numbers the rows, such as the index that pandas writes.
+  """Whether a column numbers the rows, as the index that pandas writes does.
 
   If the rows are sorted by label, a network learns the labels from such a column,
   whether they are right or wrong.
@@ -115,7 +116,7 @@ def _counts_rows(column: np.ndarray, rows: Sequence[int]) -> bool:
     int(cell) - row if re.fullmatch(r"\d{1,18}", cell) else None
     for cell, row in zip(column, rows, strict=True)
   )
-  first = next(offsets)  # Of most columns, only the first two cells are read.
+  first = next(offsets)  # For most columns, only the first two cells are read.
   return first is not None and all(offset == first for offset in offsets)
 
 

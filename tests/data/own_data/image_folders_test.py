@@ -162,7 +162,7 @@ def test_a_list_whose_columns_are_not_known(folder):
   for header in (["filename", "split", "category"], ["name", "split", "label"]):
     with pytest.raises(base.InputError, match=r"has the columns .*, split, ") as caught:
       _listing(folder, header, ["train"])
-    assert "that of the labels one of label, labels, class" in str(caught.value)
+    assert "the column of labels one of label, labels, class" in str(caught.value)
   # Without a header, the first row may have the name of a column as its label.
   path = folder.parent / "list.csv"
   path.write_text("".join(f"cat/{i}.png,{'yn'[i % 2]}\n" for i in range(6)))
