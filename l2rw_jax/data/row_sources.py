@@ -30,7 +30,7 @@ def fit_in_memory(size: int, shape: Sequence[int]) -> bool:
   """Whether uint8 images and a copy of them take at most half of the memory.
 
   Args:
-    size: N.
+    size: number of images.
     shape: the shape of an image.
   """
   num_bytes = size * int(np.prod(shape, dtype=np.int64)) * 2

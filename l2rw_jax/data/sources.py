@@ -28,7 +28,8 @@ from l2rw_jax.data import row_sources
 _log = logging.getLogger(__name__)
 
 _BLOCK = 1000
-# If the files of a set take at most this many bytes, its images fit in any memory.
+# If the files of a set take at most this many bytes, its images are read into memory
+# without a check.
 _SMALL_FILES = 2**28
 _EXTRA = "extra."
 _INFO = "dataset_info.json"
@@ -119,9 +120,9 @@ def load(
     InputError: the name or the split is unknown; the name leads out of `data_dir`; the
       data do not exist, are damaged, are not in the `array_record` format or do not fit
       in memory; the examples are not uint8 images of one shape with a class label; the
-      description files are damaged, name classes that are not features of an image
-      classification set or files in other folders, or disagree with the examples;
-      `digits` is requested without scikit-learn; or `own_data.read` raises it.
+      description files are damaged, name files in other folders or classes that are not
+      features of an image classification set, or disagree with the examples; `digits`
+      is requested without scikit-learn; or `own_data.read` refuses a user's data.
   """
   if name == "digits":
     return _digits(split)
@@ -389,7 +390,7 @@ def _builder(folder: pathlib.Path) -> Any:
 
 
 def _fits_in_memory(folder: pathlib.Path, split: str) -> bool:
-  """Whether the images of a split fit in memory; those of small files always do."""
+  """Whether the images of a split fit in memory; small files are not checked."""
   files = sum(path.stat().st_size for path in folder.glob("*.array_record*"))
   if files <= _SMALL_FILES:
     return True
@@ -470,7 +471,7 @@ def _readable(folder: pathlib.Path, split: str, size: int) -> Iterator[None]:
   except MemoryError:
     raise base.InputError(
       f"the {size} images of {split!r} in {folder} do not fit in memory; take a"
-      " slice of the split, such as train[:10%], or --data=stream"
+      " slice of the split, such as train[:10%], or set --data=stream"
     ) from None
   # A damaged file can raise any error, even in the decoders of images.
   except Exception as error:

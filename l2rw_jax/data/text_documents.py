@@ -89,7 +89,7 @@ def corrupted_documents(
   Returns:
     Splits whose `image` is the first T bytes of a document, uint8 [N, T], and whose
     `label` is the byte after each of them, int32 [N, T]. `group` is the kind of a
-    document, an index into `KINDS`; `true_label` is the label.
+    document, an index into `KINDS`; `true_label` equals `label`.
 
   Raises:
     InputError: `length` is not a positive integer, a size or the seed is negative or

@@ -54,8 +54,8 @@ class MetricWriter:
         file that was damaged since then is repaired. None reads the rows from the file.
 
     Raises:
-      InputError: the files cannot be written, or a row other than an incomplete last
-        one is damaged.
+      InputError: the files cannot be written, or a row other than the last one is
+        damaged.
     """
     self._folder = pathlib.Path(folder)
     self._path = self._folder / _JSONL
@@ -147,7 +147,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
-  """Reads the rows written so far, without an incomplete last one.
+  """Reads the rows written so far; an incomplete last row is left out.
 
   Args:
     folder: the folder of the `MetricWriter`.
