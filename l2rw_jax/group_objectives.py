@@ -1,4 +1,4 @@
-"""Fairness objectives: scalars that are computed from example losses and groups.
+"""Fairness objectives: scalars that are computed from per-example losses and groups.
 
 L_g is the mean loss of group g in the batch.
 
@@ -35,9 +35,9 @@ def group_means(
     num_groups: G.
 
   Returns:
-    Means [G], 0 for a group without a member, and presence, bool [G]. Under `jit`, all
-    means are NaN if the group of an example is outside 0 to G - 1, so that the meta
-    loss is NaN and the mistake is reported.
+    Means [G], 0 for a group without a member, and whether each group has a member, bool
+    [G]. Under `jit`, all means are NaN if the group of an example is outside 0 to
+    G - 1, so that the meta loss is NaN and the mistake is reported.
 
   Raises:
     InputError: the shapes do not match, the groups are not integers, `num_groups` is
@@ -125,7 +125,8 @@ def gap(
   else:
     reduced = gaps.sum() / jnp.maximum(pairs.sum(), 1).astype(gaps.dtype)
   reduced = jnp.where(_check_exist(groups, num_groups), reduced, jnp.nan)
-  if is_traced or mean_coefficient:  # The mean of no losses is NaN.
+  # A coefficient of 0 adds nothing, although the mean of no losses is NaN.
+  if is_traced or mean_coefficient:
     average = jnp.mean(losses.astype(reduced.dtype))
     reduced = reduced + jnp.asarray(mean_coefficient, reduced.dtype) * average
   return _narrowed(reduced, losses)
@@ -241,10 +242,10 @@ def soft_tpr(
 
 
 def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") -> None:
-  """Raises InputError unless groups are integers in 0 to G - 1, each with a member.
+  """Raises InputError unless groups are integers from 0 to G - 1, each with a member.
 
-  Call it once, on the host, before training: inside `jit` a group without a member is
-  silently ignored, and an unknown group makes the objective NaN.
+  Call this function once, on the host, before training: inside `jit`, a group without a
+  member is silently ignored, and an unknown group makes the objective NaN.
 
   Args:
     groups: groups of all exemplars, or of all examples of another set, integers [M].

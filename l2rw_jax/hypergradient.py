@@ -168,8 +168,9 @@ def lookahead_params(
 
   Raises:
     InputError: the update of the optimizer needs arguments other than `params` and
-      `value`, does not accept `value` although it accepts additional arguments, or
-      takes the gradient of a part of its parameters (`optax.lookahead`).
+      `value`, does not accept `value` although the optimizer is an
+      `optax.GradientTransformationExtraArgs`, or takes the gradient of only a part of
+      its parameters (`optax.lookahead`).
   """
   value = jnp.zeros(()) if value is None else value
   updates, _ = update(optimizer, gradient, opt_state, params, value, "look-ahead")
@@ -234,9 +235,9 @@ def update(
   except TypeError as error:
     if "unexpected keyword argument 'value'" in str(error):
       raise base.InputError(
-        f"the update of the {role} optimizer does not accept value, although it"
-        " should accept additional arguments (sharpness-aware minimization, for"
-        " instance): use another optimizer, such as optax.sgd(...)."
+        f"the update of the {role} optimizer does not accept value, although the"
+        " optimizer is an optax.GradientTransformationExtraArgs (sharpness-aware"
+        " minimization, for instance): use another optimizer, such as optax.sgd(...)."
       ) from error
     missing = re.search(r"missing .*required .*arguments?: (.*)", str(error))
     if missing is None:
@@ -445,7 +446,7 @@ def batch_after(direction: Direction, batch: Any) -> Any:
 
   Args:
     direction: the result of `direction`.
-    batch: pytree of arrays. Typed PRNG keys do not wait.
+    batch: pytree of arrays. Typed PRNG keys are returned as they are.
   """
   return ordering.after(_last_scalar(direction), batch)
 
@@ -515,7 +516,8 @@ def weight_gradient(
 
   Its type is float32 or wider. If parameters or losses are float16, the direction is
   first scaled to about unit length by a power of two, because the small derivatives
-  along a short direction would underflow. bfloat16 has the range of float32.
+  along a short direction would underflow. bfloat16 needs no scaling, because it has the
+  range of float32.
   """
   types = [x.dtype for x in jax.tree.leaves((direction.vector, linearized.losses))]
   dtype = base.accumulator_dtype(linearized.losses.dtype)

@@ -25,7 +25,7 @@ def map_batches(
     fun: `batch -> results`, a pytree of arrays with a leading axis. It is usually
       compiled; it is compiled a second time for a smaller last batch.
     examples: arrays or row sources with leading axis N, at least 1.
-    batch_size: examples in a batch.
+    batch_size: number of examples in a batch.
     by_process: whether each of several processes applies `fun` only to its part of the
       batches, and receives the results of the others. All processes must then call
       this function with the same examples.
@@ -34,9 +34,9 @@ def map_batches(
     The results as NumPy arrays, concatenated along their leading axis.
 
   Raises:
-    InputError: the arrays have no or different lengths or a mask, there is no example,
-      `batch_size` is not a positive integer, `fun` returns a scalar, or, with
-      `by_process`, another process published why it ended.
+    InputError: an array is masked or has no length, the lengths differ, there is no
+      example, `batch_size` is not a positive integer, `fun` returns a scalar, or, with
+      `by_process`, another process failed (see `processes.publish_failure`).
 
   >>> examples = {"x": np.arange(5)}
   >>> map_batches(lambda batch: 2 * batch["x"], examples, batch_size=2)
@@ -87,7 +87,7 @@ def map_batches(
 def _native(values: Any) -> Any:
   """Rows in the byte order of this machine.
 
-  `jax.jit` reads the bytes of integers in the other order as if they were in this one.
+  `jax.jit` reads integers in the other byte order as if they were in this one.
   """
   dtype = getattr(values, "dtype", None)
   if not isinstance(dtype, np.dtype) or dtype.isnative:
