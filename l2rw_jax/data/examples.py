@@ -285,9 +285,10 @@ def different_rows(name: str, rows: Any, size: int) -> np.ndarray:
     size: number of rows that exist.
 
   Raises:
-    InputError: a row does not exist or occurs twice, or `rows` is neither integers nor
-      one bool for each row.
+    InputError: a row does not exist or occurs twice, or `rows` is masked or is neither
+      integers nor one bool for each row.
   """
+  base.refuse_mask(name, rows)
   rows = np.asarray(rows)
   if rows.dtype == np.bool_ and rows.shape == (size,):
     rows = np.flatnonzero(rows)

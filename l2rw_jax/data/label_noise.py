@@ -283,9 +283,10 @@ def resample(
     Noisy labels, int32 [N].
 
   Raises:
-    InputError: `labels` are not integers [N] or are out of range, or T is not
-      row-stochastic.
+    InputError: `labels` are not integers [N] or are out of range, or T is masked or is
+      not row-stochastic.
   """
+  base.refuse_mask("matrix", matrix)
   matrix = np.asarray(matrix, np.float64)
   if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
     raise base.InputError(f"matrix must have shape [C, C]; got {matrix.shape}")

@@ -70,6 +70,9 @@ def test_masked_arrays_are_refused():
   masked = np.ma.array(y, mask=[True, False, False, False])
   with pytest.raises(base.InputError, match="label in train must not be a masked arr"):
     examples_lib.from_arrays((x, masked))
+  kept = np.ma.array([True, True, False, False], mask=[True, False, False, False])
+  with pytest.raises(base.InputError, match="rows must not be a masked array"):
+    examples_lib.keep_train(examples_lib.from_arrays((x, y)), kept)
   with pytest.raises(base.InputError, match="images in train must not be a masked arr"):
     examples_lib.from_arrays((np.ma.array(x), y))
 

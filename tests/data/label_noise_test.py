@@ -371,6 +371,10 @@ def test_a_fraction_may_be_in_half_precision():
     (lambda: _resample([0], [[1, 0], [0.5, 0.6]]), "sum 1; row 1 is .0.5, 0.6."),
     (lambda: _resample([0], [[1.5, -0.5], [0, 1]]), "non-negative.*row 0"),
     (lambda: _resample([2], np.eye(2)), "labels must lie in 0 .. 1"),
+    (
+      lambda: _resample([0], np.ma.masked_equal(np.eye(2), 0)),
+      "matrix must not be a masked array",
+    ),
   ],
 )
 def test_invalid_matrices_raise(call, message):
