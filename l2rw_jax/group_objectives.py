@@ -125,7 +125,7 @@ def gap(
   else:
     reduced = gaps.sum() / jnp.maximum(pairs.sum(), 1).astype(gaps.dtype)
   reduced = jnp.where(_check_exist(groups, num_groups), reduced, jnp.nan)
-  # A coefficient of 0 adds nothing, although the mean of no losses is NaN.
+  # Without losses, 0 times their mean would be NaN.
   if is_traced or mean_coefficient:
     average = jnp.mean(losses.astype(reduced.dtype))
     reduced = reduced + jnp.asarray(mean_coefficient, reduced.dtype) * average

@@ -104,8 +104,7 @@ def vectors(points: base.Array, num_points: int | base.Array | None = None) -> V
   takes one matrix product; a result below its rounding error is replaced by 0. The
   rounding error grows with the norms. Therefore, a coordinate whose mean is larger in
   magnitude than its standard deviation is first shifted to mean 0, which changes no
-  distance.
-  Distances from and to points that are not finite are NaN or infinite.
+  distance. Distances from and to points that are not finite are NaN or infinite.
 
   Args:
     points: real numbers, [n, d].

@@ -58,9 +58,8 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
 
   This is the layout of TFDS's `ImageFolder` and of torchvision: one folder for each
   class. Classes are numbered in the order of the folder names. Images in subfolders
-  belong to the class, too.
-  Hidden files and folders are left out. Images (JPEG, PNG or BMP) are converted to RGB
-  with 8 bits per channel and resized to `size` by `size`.
+  belong to the class, too. Hidden files and folders are left out. Images (JPEG, PNG or
+  BMP) are converted to RGB with 8 bits per channel and resized to `size` by `size`.
 
   Args:
     root: the folder of the data set.
