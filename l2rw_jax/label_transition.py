@@ -26,17 +26,19 @@ _BATCH_SIZE = 500
 def estimate_transition(
   probabilities: base.Array, percentile: float = 97.0
 ) -> base.Array:
-  """T from the predictions of a network that was trained on the given labels.
+  """Estimates T from the predictions of a network trained on the given labels.
 
-  Row i is the prediction for the anchor of class i, the example whose p_i has the
-  given rank. A high percentile is robust to outliers, unlike the maximum.
+  Row i is the prediction for the anchor of class i, the example whose probability of
+  class i is at the given percentile. A high percentile is robust to outliers, unlike
+  the maximum.
 
   Args:
     probabilities: predicted probabilities of the given labels, [N, C], N at least 1;
       rows sum to 1. Logits are refused outside `jit`.
-    percentile: rank, from 0 to 100: the example at floor(percentile / 100 (N - 1))
-      in ascending order. 100 is the maximum, as in the paper; 97, the value of the
-      released code, requires that every class has more than 3% of the examples.
+    percentile: from 0 to 100. The anchor is the example at index
+      floor(percentile / 100 (N - 1)) in ascending order. 100 is the maximum, as in the
+      paper; 97, the value of the released code, requires that every class has more than
+      3% of the examples.
 
   Returns:
     T [C, C].
@@ -62,7 +64,7 @@ def estimate_transition(
   percentile = check_percentile(percentile)
   _check_distributions(probabilities)
   probabilities = base.unsharded(probabilities)
-  # In floating point, the product of 64.1 and 10 is less than 641.
+  # Use exact arithmetic: in floating point, 64.1 * 1000 / 100 is less than 641.
   rank = math.floor(
     fractions.Fraction(str(percentile)) * (len(probabilities) - 1) / 100
   )
@@ -73,10 +75,10 @@ def estimate_transition(
 def confusion(
   predicted: base.Array, labels: base.Array, num_classes: int, smoothing: float = 1.0
 ) -> base.Array:
-  """T_ij as the share of given label j among the examples predicted as class i.
+  """Estimates T_ij as the share of label j among the examples predicted as class i.
 
-  This estimates T only as long as the network has not memorized the wrong labels: a
-  network that has memorized them predicts them, and the estimate is the identity.
+  The estimate is good only if the network has not memorized the wrong labels. A network
+  that has memorized them predicts them, and the estimate is the identity matrix.
 
   Args:
     predicted: predicted classes, [N].
@@ -105,26 +107,28 @@ def confusion(
     raise base.InputError(
       f"predicted and labels must be [N]; got {predicted.shape} and {labels.shape}."
     )
-  # One-hot labels, [N, C], could take much more memory than the result.
+  # Count with a scatter: one-hot labels, [N, C], could take much more memory than T.
   rows, columns = (
     base.wide_integers(
       base.unsharded(x) if isinstance(x, jax.Array) else x, num_classes
     )
     for x in (predicted, labels)
   )
-  exists = (rows >= 0) & (rows < num_classes) & (columns >= 0) & (columns < num_classes)
-  if not isinstance(exists, jax.core.Tracer) and not exists.all():
+  is_valid = (rows >= 0) & (rows < num_classes)
+  is_valid &= (columns >= 0) & (columns < num_classes)
+  if not isinstance(is_valid, jax.core.Tracer) and not is_valid.all():
     raise base.InputError(
-      f"confusion: row {jnp.argmin(exists)} of predicted or labels is not one of the"
+      f"confusion: row {jnp.argmin(is_valid)} of predicted or labels is not one of the"
       f" {num_classes} classes; leave such rows out."
     )
   smoothing = base.setting(smoothing, jnp.result_type(float))
   if not base.is_traced(smoothing) and not 0 <= smoothing < math.inf:
     raise base.InputError(f"smoothing={smoothing} must be a number of at least 0.")
-  # In float32, a sum of ones stops at 2^24.
+  # Count in integers: in float32, a sum of ones stops growing at 2^24.
   counts = jnp.zeros((num_classes, num_classes), jnp.int32)
   counts = counts.at[rows, columns].add(1).astype(float)
-  counts = counts * jnp.sqrt(jnp.where(exists.all(), 1.0, -1.0))
+  # The counts become NaN if an entry is not a class.
+  counts = counts * jnp.sqrt(jnp.where(is_valid.all(), 1.0, -1.0))
   totals = counts.sum(axis=1, keepdims=True)
   shares = (counts + smoothing / num_classes) / jnp.maximum(totals + smoothing, 1)
   return jnp.where(totals == 0, jnp.eye(num_classes), shares)
@@ -139,10 +143,10 @@ def estimate_from_network(
   of the set.
 
   Args:
-    estimator: one of `ESTIMATORS`; "anchor" is `estimate_transition`.
+    estimator: "anchor" for `estimate_transition` or "confusion" for `confusion`.
     problem: the learning problem.
     view: contains the network and the training set.
-    percentile: rank of the anchors, for "anchor".
+    percentile: the `percentile` of `estimate_transition`; "confusion" ignores it.
 
   Returns:
     T [C, C].
@@ -163,7 +167,7 @@ def estimate_from_network(
   if estimator == "anchor":
     log_p = inference.map_batches(predict, view.train, _BATCH_SIZE, by_process=True)
     return estimate_transition(jnp.exp(log_p), percentile)
-  # The distributions of all examples, [N, C], are not needed.
+  # Keep only the classes, [N], because the probabilities, [N, C], are not needed.
   predicted = inference.map_batches(
     predicted_classes, view.train, _BATCH_SIZE, by_process=True
   )
@@ -198,7 +202,7 @@ def _check_distributions(probabilities):
   if isinstance(probabilities, jax.core.Tracer):
     return
   rows = np.asarray(probabilities, np.float64)
-  # bfloat16 has a precision of three digits.
+  # The tolerance allows for rounding in bfloat16, which has about three digits.
   bad = (rows < 0).any(axis=1) | ~np.isclose(rows.sum(axis=1), 1, atol=2e-2)
   if bad.any():
     raise base.InputError(

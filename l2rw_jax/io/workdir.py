@@ -41,8 +41,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "l2rw_jax")
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes `text` to `path` atomically.
 
-  If the process is killed or the power fails at any time, `path` has either its old
-  content or the new one.
+  If the process is killed or the power fails, `path` contains either all of its old
+  content or all of its new content.
 
   Args:
     path: file to create or replace; its folder must exist.
@@ -68,7 +68,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 def write_with(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
-  """Writes a file atomically, as `write_text` does, without its content in memory.
+  """Writes a file atomically, without holding its content in memory.
 
   Args:
     path: file to create or replace; its folder must exist.
@@ -98,7 +98,7 @@ def _replace(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def write_arrays(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes an uncompressed `.npz` file, as `np.savez` does, with arrays of any name.
+  """Writes an uncompressed `.npz` file, like `np.savez`, but accepts any array names.
 
   `np.savez` cannot store arrays named `file` or `allow_pickle`, because these are its
   arguments.
@@ -126,7 +126,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
   Raises:
     InputError: the file cannot be written; its old content is kept.
-    TypeError, ValueError: `value` is not JSON; nothing is written.
+    TypeError, ValueError: `value` cannot be written as JSON; nothing is written.
   """
   write_text(path, _dump(value))
 
@@ -144,8 +144,8 @@ def write_record(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
 
   Raises:
     InputError: the file cannot be written; its old content is kept.
-    TypeError, ValueError: `value` is not JSON, or has a key "sha256"; nothing is
-      written.
+    TypeError, ValueError: `value` cannot be written as JSON, or has a key "sha256";
+      nothing is written.
   """
   if _CHECKSUM in value:
     raise ValueError(f"{path}: the key {_CHECKSUM!r} is reserved for the checksum.")
@@ -203,9 +203,9 @@ def file_digest(path: str | os.PathLike) -> str:
     raise base.InputError(f"{path} cannot be read ({error.strerror}).") from error
 
 
-# For each folder that this process has prepared, by resolved path: the content of
-# `settings.json`, the names of extendable settings, and the file descriptor that holds
-# the lock until the process ends.
+# These dictionaries have an entry for each folder that this process has prepared, by
+# its resolved path: the content of `settings.json`, the names of extendable settings,
+# and the file descriptor that holds the lock until the process ends.
 _prepared: dict[pathlib.Path, dict[str, Any]] = {}
 _extendable: dict[pathlib.Path, frozenset[str]] = {}
 _locks: dict[pathlib.Path, int] = {}
@@ -221,17 +221,18 @@ def prepare(
 
   The folder is locked until the process ends. Incomplete files of killed processes
   are removed from it. If there are several processes (see `processes`), all of them
-  call this function and must see the same folder, and process 0 writes.
+  must call this function and see the same folder; only process 0 writes to it.
 
   Args:
     path: the folder; parents are created as needed.
     settings: everything that the results of the run depend on, as JSON. It is saved
       in `settings.json`, and compared with that file when the folder is reopened.
-    inputs: paths of the files that the run reads, by the name of their flag. The
-      results also depend on their contents, so their checksums are saved. A file may
-      be added later, for runs that need it, but not replaced.
-    extendable: names of settings on which no run depends. They are not in `settings`,
-      but earlier versions may have saved them; they are not compared.
+    inputs: paths of the files that the run reads, by the names of their flags. The
+      results also depend on the contents of these files, so their checksums are saved.
+      A later call may add a file, but must not replace one.
+    extendable: names of settings that are not compared, because they do not change the
+      results of a single run. They are not in `settings`, but an earlier version may
+      have saved them.
 
   Returns:
     `path`, which exists and can be written to.
@@ -239,7 +240,7 @@ def prepare(
   Raises:
     InputError: the folder cannot be written to, contains a run without settings or
       with other settings or inputs, has a damaged `settings.json`, or is used by
-      another process; an input cannot be read; or several processes disagree on the
+      another process; an input cannot be read; or the processes have different
       settings or do not share the folder.
   """
   folder = pathlib.Path(path)
@@ -302,14 +303,15 @@ def settings_of(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def saved_changes(folder: str | os.PathLike, old: dict[str, Any]) -> list[str]:
-  """Describes the differences of saved settings from those of a prepared folder.
+  """Describes the differences between saved settings and those of a prepared folder.
 
   Args:
-    folder: a prepared folder, or a place inside it.
-    old: settings that `settings_of` returned when a run was saved there.
+    folder: a prepared folder, or one inside it.
+    old: settings that `settings_of` returned when a run was saved in `folder`.
 
   Returns:
-    The differences, as in `changes`; none if one of the two settings is unknown.
+    The differences, as in `changes`; an empty list if `old` is empty or no such folder
+    is prepared.
   """
   parent = _prepared_parent(folder)
   if parent is None or not old:
@@ -379,7 +381,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
   The operating system frees the lock when the process ends for any reason. A folder
   inside one that this process has prepared is already locked. If there are several
-  processes, the first one holds the lock for all.
+  processes, process 0 holds the lock for all of them.
 
   Args:
     folder: an existing folder.
@@ -469,8 +471,8 @@ def _acquire(folder: pathlib.Path) -> int | None:
         holder = " ".join(file.read().split())
       if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
         raise base.InputError(
-          f"--workdir={folder}: another process ({holder or 'unknown'}) runs here."
-          " Wait until it ends or choose another --workdir."
+          f"--workdir={folder}: another process ({holder or 'unknown'}) uses this"
+          " folder. Wait until it ends or choose another --workdir."
         ) from error
       _log.warning("%s cannot be locked: %s", folder, error.strerror)
       return None
@@ -490,7 +492,7 @@ def _is_file(descriptor: int, path: pathlib.Path) -> bool:
     return False
 
 
-# -- identity --------------------------------------------------------------
+# -- settings and provenance -----------------------------------------------
 
 
 def setting_changes(
@@ -508,8 +510,8 @@ def setting_changes(
 
   def flat(settings, other):
     common = settings.get("inputs", {}).keys() & other.get("inputs", {}).keys()
-    apart = {"inputs", *extendable}
-    rest = {name: value for name, value in settings.items() if name not in apart}
+    skipped = {"inputs", *extendable}
+    rest = {name: value for name, value in settings.items() if name not in skipped}
     contents = {f"the content of --{n}": settings["inputs"][n] for n in common}
     return rest | contents
 
@@ -543,11 +545,11 @@ def code_digest() -> str:
 
 
 def made_by() -> dict[str, Any]:
-  """Versions, code and hardware: what a run's numbers depend on besides its settings.
+  """The versions, code and hardware on which a run's numbers depend.
 
   Returns:
-    Strings: versions of the packages by their name, a checksum of this package's
-    source under "code", "platform", "device_kind".
+    Strings: the version of each package under its name, a checksum of this package's
+    source under "code", and the device under "platform" and "device_kind".
   """
   device = jax.devices()[0]
   return {
@@ -562,9 +564,9 @@ def run_info() -> dict[str, Any]:
   """The code, versions and hardware that produced a result.
 
   Returns:
-    Strings under "commit" (with "+dirty" if tracked files differ from it, "unknown"
-    outside of a git checkout), "python", "jax", "jaxlib", "flax", "optax", "numpy",
-    "l2rw_jax" ("unknown" if not installed), "platform" ("cpu", "gpu", ...) and
+    Strings under "commit" (with "+dirty" if tracked files differ from the commit;
+    "unknown" outside of a git checkout), "python", "jax", "jaxlib", "flax", "optax",
+    "numpy", "l2rw_jax" ("unknown" if not installed), "platform" ("cpu", "gpu", ...) and
     "device_kind"; an int under "device_count".
   """
   device = jax.devices()[0]

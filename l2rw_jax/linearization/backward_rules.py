@@ -2,8 +2,8 @@
 
 The backward rule of a `jax.custom_vjp` maps a cotangent c to J^T c. A rule that clips
 gradients, for instance, is not linear in c. The layerwise engine takes gradients at a
-cotangent of 1 and multiplies them by the weights afterwards, so it would return other
-numbers than `jax.grad` of the weighted loss.
+cotangent of 1 and multiplies them by the weights afterwards. With a nonlinear rule, its
+results would differ from `jax.grad` of the weighted loss.
 """
 
 from typing import Any
@@ -30,7 +30,8 @@ _NONLINEAR = frozenset(
   }
 )
 # fmt: on
-# The largest relative difference of a linear rule in single and half precision.
+# Largest relative deviation from linearity that is attributed to rounding, in single
+# and half precision.
 _TOLERANCE, _HALF_TOLERANCE = 1e-2, 0.1
 
 
@@ -67,7 +68,7 @@ def find_nonlinear(jaxpr: Any) -> str | None:
     if eqn.primitive.name == "custom_vjp_call":
       try:
         rule = rule_of(eqn)
-      except Exception:  # It depends on a mesh or on arrays of another trace.
+      except Exception:  # The rule depends on a mesh or on arrays of another trace.
         continue
       if not is_linear(rule, len(eqn.outvars)):
         return surrogates.name_of(eqn)
@@ -80,17 +81,18 @@ def find_nonlinear(jaxpr: Any) -> str | None:
 
 
 def is_linear(rule: Any, num_cotangents: int) -> bool:
-  """Whether a backward rule is linear in its cotangents, as far as can be seen.
+  """Returns False if a backward rule is found not to be linear in its cotangents.
 
-  A rule is tried with numbers only if it applies a nonlinear operation to cotangents,
-  because most rules do not, and arrays may be large. Bodies of loops and kernels are
-  assumed to be linear, and so are a rule that cannot be evaluated alone, one with side
-  effects (such as `jax.debug.print`), and one that adds a constant. Bounds that only
-  prevent an overflow are not reached by the numbers, which are rarely above 80.
+  A rule that applies a nonlinear operation to cotangents is evaluated at random
+  cotangents. Their entries are rarely above 80, so that a rule with bounds that only
+  prevent an overflow counts as linear. Other rules are not evaluated, because arrays
+  may be large. Loops and kernels in a rule are assumed to be linear, and so are a rule
+  that cannot be evaluated alone, a rule with side effects (such as `jax.debug.print`),
+  and a rule that is nonlinear only because it adds a constant.
 
   Args:
     rule: the result of `rule_of`.
-    num_cotangents: the number of cotangents, which are its last inputs.
+    num_cotangents: the number of cotangents, which are the last inputs of `rule`.
   """
   num_fixed = len(rule.jaxpr.invars) - num_cotangents
   flags = [*[False] * num_fixed, *[True] * num_cotangents]
@@ -99,7 +101,7 @@ def is_linear(rule: Any, num_cotangents: int) -> bool:
   with jax.ensure_compile_time_eval(), jax.debug_nans(False):
     try:
       return _agrees(rule, num_fixed)
-    except Exception:  # The rule cannot be evaluated alone, such as a collective.
+    except Exception:  # The rule cannot be evaluated alone (it has a collective).
       return True
 
 
@@ -139,7 +141,7 @@ def _is_nonlinear(name, depends):
 
 
 def _agrees(rule, num_fixed):
-  """Whether cotangents times a factor give the gradients times this factor."""
+  """Whether scaling the cotangents scales the gradients by the same factor."""
   rng = np.random.default_rng(0)
   avals = rule.in_avals
 

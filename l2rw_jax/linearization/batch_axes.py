@@ -81,7 +81,7 @@ _CALLS = {
 _INLINED = ("jit", "pjit", "closed_call", "core_call", "call_hi_primitive")
 
 
-_BODY = "the operations in its body are not followed"
+_BODY = "the operations in its body are not analyzed"
 _COLLECTIVE = "it takes values from other devices"
 _STATE = "it reads or writes a reference"
 _RARE = "few networks use it"
@@ -90,14 +90,14 @@ REFUSED = {
   **dict.fromkeys(("call", "cond", "while"), _BODY),
   **dict.fromkeys(("eval_jaxpr", "shard_map"), _BODY),
   "custom_linear_solve": "its derivative solves another linear system",
-  "custom_lin": "its backward rule is not followed",
+  "custom_lin": "its backward rule is not analyzed",
   **dict.fromkeys(("all_gather", "all_to_all", "axis_index", "pmax"), _COLLECTIVE),
   **dict.fromkeys(("pmin", "ppermute", "psum", "ragged_all_to_all"), _COLLECTIVE),
   **dict.fromkeys(("get", "swap"), _STATE),
   **dict.fromkeys(("after_all", "create_token"), "it orders side effects"),
   **dict.fromkeys(("empty2", "iota", "rng_uniform"), "it takes no examples"),
   **dict.fromkeys(
-    ("random_gamma", "rng_bit_generator"), "it draws for all examples at once"
+    ("random_gamma", "rng_bit_generator"), "it draws numbers for all examples at once"
   ),
   **dict.fromkeys(("approx_top_k", "device_put", "reduce"), _RARE),
   **dict.fromkeys(("select_and_gather_add", "select_and_scatter"), _RARE),
@@ -121,7 +121,7 @@ def inner_jaxpr(eqn: Any) -> Any:
 def _expanded(eqn):
   """The jaxpr of an operation that JAX defines by others, such as `jnp.searchsorted`.
 
-  None if its outputs have derivatives, which may have rules of their own.
+  None if an output is inexact, because the operation may then have a derivative rule.
   """
   if any(_is_inexact(v) for v in eqn.outvars):
     return None
@@ -146,7 +146,7 @@ class Scan(NamedTuple):
     num_consts: number of inputs that are the same in every iteration.
     num_carry: number of values that an iteration passes to the next.
     length: number of iterations.
-    reverse: whether the last rows come first.
+    reverse: whether the scan runs from the last row to the first.
     unroll: number of iterations in one iteration of the compiled loop.
   """
 
@@ -200,7 +200,7 @@ def body_axes(
   loop = scan(eqn)
   first_x = loop.num_consts + loop.num_carry
   if 0 in axes[first_x:]:
-    raise MixedError("scan, which goes through the examples one after the other")
+    raise MixedError("scan, which iterates over the examples")
   inputs: list[Any] = [*axes[:first_x]]
   inputs += [None if axis is None else axis - 1 for axis in axes[first_x:]]
   carry = slice(loop.num_consts, first_x)
@@ -224,7 +224,7 @@ def _common_carry(before, after):
     return before if isinstance(before, MixedError) else after
   if after is None or isinstance(before, MixedError) or before == after:
     return before
-  return MixedError("a scan that moves the examples' axis of its carry")
+  return MixedError("a scan that moves the batch axis of its carry")
 
 
 def propagate(
@@ -241,9 +241,9 @@ def propagate(
     axes: batch axes of its inputs, at least one of them not None.
     check_rules: whether the derivative rules of a `jax.custom_jvp` or `jax.custom_vjp`
       are also checked.
-    row_columns: pairs (j, i) for which entry j of each index vector of a gather or
-      scatter is known to be its position along axis i of the array of indices, as in
-      `x[jnp.arange(len(x)), labels]`.
+    row_columns: pairs (j, i) such that entry j of every index vector of a gather or
+      scatter is known to equal the position of this vector along axis i of the array
+      of indices, as in `x[jnp.arange(len(x)), labels]`.
 
   Returns:
     A batch axis for each output. An output of a call or of a scan that mixes examples
@@ -341,7 +341,7 @@ def _checked_by_rule(eqn, axes, output_axes):
 def _checked_by_backward_rule(eqn, axes, output_axes):
   """`output_axes`, or errors if the backward rule of a custom_vjp is not supported.
 
-  The rule must not mix examples, and must be linear, see `backward_rules`.
+  The rule must not mix examples and must be linear (see `backward_rules`).
   """
   rule = backward_rules.rule_of(eqn)
   known = [None if isinstance(axis, MixedError) else axis for axis in output_axes]
@@ -360,8 +360,8 @@ def _checked_by_backward_rule(eqn, axes, output_axes):
   if is_apart and backward_rules.is_linear(rule, len(eqn.outvars)):
     return output_axes
   fault = "is not linear in its cotangent" if is_apart else "mixes examples"
-  what = MixedError(f"{eqn.primitive.name}, whose backward rule {fault}")
-  return [axis if isinstance(axis, MixedError) else what for axis in output_axes]
+  error = MixedError(f"{eqn.primitive.name}, whose backward rule {fault}")
+  return [axis if isinstance(axis, MixedError) else error for axis in output_axes]
 
 
 def _propagate_jaxpr(jaxpr, num_consts, axes, check_rules):
@@ -461,10 +461,10 @@ def _reshape(eqn, axes):
     raise _mixes(eqn)
   before = math.prod(old[:axis])
   for i, size in enumerate(new):
-    # The product of the sizes before the axis ignores axes of size one.
+    # Compare products of sizes, which do not change with axes of size one.
     if size == old[axis] and math.prod(new[:i]) == before:
       return i
-  raise MixedError("reshape, which merges the examples' axis with another")
+  raise MixedError("reshape, which merges the batch axis with another axis")
 
 
 def _unstack(eqn, axes):
@@ -638,7 +638,7 @@ def _dynamic_update_slice(eqn, axes):
 
 
 def _scatter(eqn, axes, row_columns=()):
-  """The batch axis is an axis that is updated as a whole or row by row."""
+  """The batch axis, along which the operand is updated as a whole or row by row."""
   numbers = eqn.params["dimension_numbers"]
   operand, updates = (len(_shape(eqn.invars[i])) for i in (0, 2))
   removed = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
@@ -702,7 +702,7 @@ def _pallas_call(eqn, axes):
 
 
 def _grid_dimension(block, axis):
-  """The dimension of the grid that counts the rows of an axis; None if none does."""
+  """The dimension of the grid that indexes the rows of an axis; None if none does."""
   size = block.block_shape[axis]
   is_row = type(size).__name__ == "Squeezed" or getattr(size, "block_size", size) == 1
   index_map = getattr(block.index_map_jaxpr, "jaxpr", block.index_map_jaxpr)

@@ -1,11 +1,11 @@
 """Conditionals and loops whose convolutions are fast on a CPU.
 
 XLA:CPU has fast kernels for convolutions with the features on the last axis. It
-converts other convolutions to this form, such as those that JAX makes for the gradients
-of images and kernels, but not in the bodies of loops and of conditionals
-(https://github.com/jax-ml/jax/issues/12868), where they can take 27 times as long.
-The functions of this file convert them before XLA sees them. They change nothing on
-other devices.
+converts other convolutions, such as those in the gradients with respect to images and
+kernels, to this layout. It does not do so in the bodies of loops and conditionals
+(https://github.com/jax-ml/jax/issues/12868), where these convolutions can take 27 times
+as long. The functions of this module convert convolutions before XLA sees them. On
+other devices, the functions change nothing.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,12 @@ from l2rw_jax.linearization import parameter_uses
 def channels_last(function: Callable[..., Any]) -> Callable[..., Any]:
   """`function` with its convolutions in the layout that is fast in loops on a CPU.
 
-  Apply it to the body of a loop or to a branch, after derivatives are taken: it changes
-  the convolutions that `function` computes, including those of derivatives and those
-  under `jax.checkpoint`, but not those of a derivative of the result. Convolutions in
-  loops, conditionals, `jax.shard_map` and functions with a custom derivative inside of
-  `function` are not changed, nor are those of arrays on a mesh with explicit axes.
-  Numbers change only by rounding.
+  Apply it to the body of a loop or to a branch. If the body needs derivatives, take
+  them inside `function`: convolutions of these derivatives are converted, as are those
+  under `jax.checkpoint`, but not the convolutions of a derivative of the returned
+  function. Convolutions in loops, conditionals, `jax.shard_map` and functions with a
+  custom derivative inside of `function` are not converted, nor are those of arrays that
+  are sharded over an explicit mesh. Results change only by rounding.
 
   Args:
     function: any function of pytrees of arrays that can be traced.
@@ -85,7 +85,7 @@ def cond(
 
 
 def _run(jaxpr, consts, args):
-  """The outputs of a jaxpr with channels-last convolutions."""
+  """The outputs of a jaxpr whose convolutions are computed channels-last."""
   env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
   def read(atom):
@@ -101,7 +101,7 @@ def _run(jaxpr, consts, args):
 
 
 def _outputs(eqn, inputs):
-  """The results of an operation with channels-last convolutions."""
+  """The results of an operation whose convolutions are computed channels-last."""
   if eqn.primitive.name == "conv_general_dilated":
     return [_convolution(eqn, *inputs)]
   if not any(map(_has_convolution, jax_core.jaxprs_in_params(eqn.params))):
@@ -140,7 +140,7 @@ def _convolution(eqn, lhs, rhs):
   rank = len(order)
   in_order = tuple(range(rank))
   is_sharded = any(any(jax.typeof(x).sharding.spec) for x in (lhs, rhs))
-  # XLA:CPU has no fast kernel for groups of examples in any layout.
+  # XLA:CPU has no fast kernel for batch groups in any layout.
   if (
     (order == kernel_order == output_order == in_order)
     or eqn.params["batch_group_count"] != 1

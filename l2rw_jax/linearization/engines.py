@@ -73,9 +73,9 @@ def linearize(
                            more than 10% from the derivative of their values
                            (straight-through, gradient reversal) are refused.
   auto                     The default: layerwise if the model allows it, else
-                           forward. If a fourth of the FLOPs or more are in a
-                           `jax.checkpoint` that takes parameters: forward, which
-                           is cheaper there, unless the model has a
+                           forward. If at least a fourth of the FLOPs are in a
+                           `jax.checkpoint` that takes parameters, forward is
+                           cheaper and is used, unless the model has a
                            `jax.custom_vjp`.
   ============  =========  ====================================================
 
@@ -191,22 +191,26 @@ def _along(losses_fn, params, batch, direction):
   def losses_and_aux(leaves):
     return losses_fn(partition.combine(leaves), batch)
 
-  def losses_and_slopes(leaves):
-    losses, slopes, aux = jax.jvp(losses_and_aux, (leaves,), (tangents,), has_aux=True)
-    return losses, (slopes, aux)
+  def losses_and_derivatives(leaves):
+    losses, derivatives, aux = jax.jvp(
+      losses_and_aux, (leaves,), (tangents,), has_aux=True
+    )
+    return losses, (derivatives, aux)
 
   try:
-    losses, vjp_fn, (slopes, aux) = jax.vjp(losses_and_slopes, leaves, has_aux=True)
+    losses, vjp_fn, (derivatives, aux) = jax.vjp(
+      losses_and_derivatives, leaves, has_aux=True
+    )
   except (TypeError, NotImplementedError, ValueError) as error:
     jax.eval_shape(losses_and_aux, leaves)  # Raises errors of `losses_fn` itself.
     raise _no_forward_derivative(error) from error
   if isinstance(losses, jax.core.Tracer):
-    _check_forward_mode(losses_and_aux, losses_and_slopes, leaves)
+    _check_forward_mode(losses_and_aux, losses_and_derivatives, leaves)
 
   def directional(vector):
     given = jax.tree.leaves(vector)
     if len(given) == len(known) and all(map(operator.is_, given, known)):
-      return slopes
+      return derivatives
     tangents = partition.vector_leaves("vector", vector)
     return jax.jvp(losses_and_aux, (leaves,), (tangents,), has_aux=True)[1]
 
@@ -221,7 +225,7 @@ def _along(losses_fn, params, batch, direction):
 
 def _log_fallback(reason):
   logging.log_first_n(
-    logging.INFO, "forward mode instead of the layerwise engine: %s", 1, reason
+    logging.INFO, "using forward mode instead of the layerwise engine: %s", 1, reason
   )
 
 
@@ -296,7 +300,7 @@ def linearize_outputs(
         raise base.InputError(
           f"no exact engine fits this model: the backward rule of {name} is not linear"
           " in its cotangent (it clips gradients, for instance). Clip gradients in the"
-          " optimizer instead, or pass engine='difference' if it fits."
+          " optimizer instead, or pass engine='difference', which is approximate."
         )
       jvp_fn = _double_reverse(vjp_fn, outputs)
     else:
@@ -357,7 +361,8 @@ def largest_epsilon(jaxpr, flags=None):
 
   Args:
     jaxpr: the function.
-    flags: for each input, whether values that are computed from it matter; None is all.
+    flags: for each input, whether values that are computed from it matter; None means
+      that all of them do.
   """
   flags = [True] * len(jaxpr.invars) if flags is None else flags
   depends = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
@@ -437,7 +442,7 @@ def _norm(arrays, dtype):
   norms = jnp.stack(
     [jnp.sqrt(jnp.sum(jnp.square(jnp.abs(_wide(x, dtype))))) for x in arrays]
   )
-  # This is a product of the norms with themselves, not a chain of sums, see `ordering`.
+  # Use a dot product, because XLA repeats a chain of sums, see `ordering.zero_after`.
   return jnp.sqrt(jnp.dot(norms, norms, precision="highest"))
 
 
@@ -460,8 +465,8 @@ def _without_custom_vjp(jvp_fn, outputs):
   return checked
 
 
-def _check_forward_mode(losses_and_aux, losses_and_slopes, leaves):
-  """Raises InputError if the slopes are derivatives of a `jax.custom_vjp`.
+def _check_forward_mode(losses_and_aux, losses_and_derivatives, leaves):
+  """Raises InputError if the derivatives need forward mode of a `jax.custom_vjp`.
 
   This check is needed under `jit`, where JAX raises an error only when the program is
   compiled.
@@ -470,7 +475,7 @@ def _check_forward_mode(losses_and_aux, losses_and_slopes, leaves):
   # network has a `jax.custom_vjp`, which most networks do not have.
   network = jax.make_jaxpr(losses_and_aux)(leaves).jaxpr
   if _has_primitive(network, "custom_vjp_call") and _has_custom_vjp(
-    jax.make_jaxpr(losses_and_slopes)(leaves).jaxpr
+    jax.make_jaxpr(losses_and_derivatives)(leaves).jaxpr
   ):
     raise _no_forward_derivative("it is a jax.custom_vjp")
 

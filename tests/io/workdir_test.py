@@ -254,9 +254,8 @@ def test_another_process_is_locked_out(tmp_path):
     for use in (lambda: workdir.prepare(run, {}), lambda: _enter(run)):
       with pytest.raises(base.InputError, match="another process") as caught:
         use()
-      assert f"(host {socket.gethostname()}, pid {holder.pid}) runs here" in str(
-        caught.value
-      )
+      holder_name = f"(host {socket.gethostname()}, pid {holder.pid})"
+      assert f"{holder_name} uses this folder" in str(caught.value)
       assert "\n" not in str(caught.value)
   finally:
     holder.kill()

@@ -273,8 +273,8 @@ _MIXING = {
     "dot_general, which mixes",
   ),
   "transpose": (lambda p, x: (x @ p).reshape(2, _B).T.sum(1), "reshape, which"),
-  "scan": (_scan_over_examples, "scan, which goes through the examples"),
-  "scan, transposed": (_scan_with_transposed_carry, "scan that moves the examples"),
+  "scan": (_scan_over_examples, "scan, which iterates over the examples"),
+  "scan, transposed": (_scan_with_transposed_carry, "scan that moves the batch axis"),
   "cond": (
     lambda p, x: jax.lax.cond(p[0, 0] > 0, lambda h: h, jnp.sin, x @ p).sum(1),
     "cond, which is not known to keep",
