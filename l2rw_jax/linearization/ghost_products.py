@@ -1,15 +1,16 @@
-"""Inner products of per-example gradients from recorded activations and slopes.
+"""Inner products of per-example gradients from recorded activations and cotangents.
 
 The gradient of the loss of example i with respect to the parameters of one operation (a
-*use*) is a sum over positions t of products of two vectors, an activation and a slope
-(the gradient of the loss with respect to the output of the operation):
+*use*) is a sum over positions t of products of two vectors: an activation and a
+cotangent, which is the gradient of the loss with respect to the output of the
+operation:
 
     dense layer, convolution    G_i = sum_t left_it right_it^T
     embedding                   the same, where left_it is one-hot and kept as an index
 
 Inner products therefore have two forms:
 
-    formed    <G_i, G_j>, from G_i itself
+    formed    <G_i, G_j>, from G_i and G_j
     ghost     sum_ts <left_it, left_js> <right_it, right_js>
 
 For T positions and vectors of lengths L and R, the FLOPs of the formed product are
@@ -32,7 +33,7 @@ from l2rw_jax import base
 from l2rw_jax.linearization import batch_axes
 from l2rw_jax.linearization import parameter_uses
 
-# Operations on parameters that do not change inner products.
+# Operations on a parameter that do not change inner products of its gradients.
 _ISOMETRIES = ("convert_element_type", "copy", "neg", "reshape", "squeeze", "transpose")
 _ELEMENTWISE = frozenset(
   (
@@ -118,7 +119,7 @@ def uses_of(plan: parameter_uses.Plan) -> list[parameter_uses.Step]:
 
   Raises:
     NotLayerwiseError: one of them is a loop or a call, whose gradients are not products
-      of its inputs and slopes.
+      of its inputs and cotangents.
   """
   uses: list[parameter_uses.Step] = []
   for step in plan.parameter_uses():
@@ -140,7 +141,7 @@ class PerExampleGradients:
     plan: parameter_uses.Plan,
     values: dict[int, Any],
     leaves: list[base.Array],
-    slopes: list[list[base.Array]],
+    cotangents: list[list[base.Array]],
     size: int,
   ):
     """Prepares the uses of a program that has been run.
@@ -149,7 +150,7 @@ class PerExampleGradients:
       plan: the operations of the program.
       values: the values that the plan computes, by their place in it.
       leaves: the parameters; their places are 0, 1, ...
-      slopes: for each parameter use, the gradients of the sum of the losses with
+      cotangents: for each parameter use, the gradients of the sum of the losses with
         respect to its differentiable outputs.
       size: B.
     """
@@ -157,11 +158,11 @@ class PerExampleGradients:
     self._steps = uses_of(plan)
     self._values = values
     self._leaves = leaves
-    self._slopes = slopes
+    self._cotangents = cotangents
     self._size = size
     self._sources, self._producers = plan.sources, plan.producers
     self._uses: list[_Factors | _Formed] = []
-    for step, gradients in zip(self._steps, slopes, strict=True):
+    for step, gradients in zip(self._steps, cotangents, strict=True):
       for index in step.param_inputs:
         self._uses.append(self._use(step, index, gradients))
 
@@ -174,19 +175,25 @@ class PerExampleGradients:
     return self._total(pairs=True)
 
   def weighted(self, weights: base.Array) -> list[base.Array]:
-    """The sum of w_i g_i over the examples, a list like the leaves; weights are [B]."""
-    places, cotangents = [], []
-    for step, slopes in zip(self._steps, self._slopes, strict=True):
+    """The sum of w_i g_i over the examples, as a list like the leaves.
+
+    Args:
+      weights: w, [B].
+    """
+    places, param_cotangents = [], []
+    for step, cotangents in zip(self._steps, self._cotangents, strict=True):
       inputs = [parameter_uses.value_of(value, self._values) for value in step.inputs]
       weighted = [
-        _times(slope, weights, axis)
-        for slope, (_, axis) in zip(slopes, step.differentiable_outputs, strict=True)
+        _times(cotangent, weights, axis)
+        for cotangent, (_, axis) in zip(
+          cotangents, step.differentiable_outputs, strict=True
+        )
       ]
       apply, parameters = _as_function(step, inputs, step.param_inputs)
-      cotangents += jax.vjp(apply, *parameters)[1](weighted)
+      param_cotangents += jax.vjp(apply, *parameters)[1](weighted)
       places += [step.inputs[i].place for i in step.param_inputs]
     _, vjp_fn = jax.vjp(self._values_at(places, range(len(self._leaves))), self._leaves)
-    return vjp_fn(cotangents)[0]
+    return vjp_fn(param_cotangents)[0]
 
   def _values_at(self, places, leaves):
     """The values at some places as a function of the leaves with these indices."""
@@ -259,24 +266,24 @@ class PerExampleGradients:
     _, vjp_fn = jax.vjp(self._values_at(list(totals), leaves), moving)
     return jax.vmap(vjp_fn)(list(totals.values()))[0]
 
-  def _use(self, step, index, slopes):
+  def _use(self, step, index, cotangents):
     """The gradients of one use with respect to the input with index `index`."""
     inputs = [parameter_uses.value_of(value, self._values) for value in step.inputs]
     name = step.eqn.primitive.name
     if len(step.param_inputs) == 1 and name in _FACTORS:
       place, permutation = self._untransposed(step.inputs[index].place, name)
-      factors = _FACTORS[name](step, inputs, slopes[0], permutation)
+      factors = _FACTORS[name](step, inputs, cotangents[0], permutation)
       if factors is not None:
         return _Factors(place, *factors)
     place = step.inputs[index].place
     apply, (parameter,) = _as_function(step, inputs, [index])
     if name in _ELEMENTWISE:
-      return self._elementwise_use(step, place, parameter, apply, slopes)
+      return self._elementwise_use(step, place, parameter, apply, cotangents)
     axis = self._row_axis(step, index)
     if axis is not None:
-      (rows,) = jax.vjp(apply, parameter)[1](slopes)
+      (rows,) = jax.vjp(apply, parameter)[1](cotangents)
       return self._rows(place, rows, axis)
-    return _Formed(place, _one_by_one(step, apply, parameter, slopes, self._size))
+    return _Formed(place, _one_by_one(step, apply, parameter, cotangents, self._size))
 
   def _untransposed(self, place, name):
     """The place before casts and transpositions, and a permutation of axes.
@@ -294,15 +301,15 @@ class PerExampleGradients:
       place = step.inputs[0].place
     return place, permutation
 
-  def _elementwise_use(self, step, place, parameter, apply, slopes):
+  def _elementwise_use(self, step, place, parameter, apply, cotangents):
     """The gradients with respect to an operand of an elementwise operation."""
-    (slope,), ((_, axis),) = slopes, step.differentiable_outputs
+    (cotangent,), ((_, axis),) = cotangents, step.differentiable_outputs
     # If every position has a separate copy of the parameter, the gradient of the sum of
     # the losses with respect to the copies contains the gradients of single examples.
     whole = jax.lax.broadcast_in_dim(
-      parameter, slope.shape, range(slope.ndim) if parameter.ndim else ()
+      parameter, cotangent.shape, range(cotangent.ndim) if parameter.ndim else ()
     )
-    (rows,) = jax.vjp(apply, whole)[1]([slope])
+    (rows,) = jax.vjp(apply, whole)[1]([cotangent])
     rows = wide(rows)
     if not parameter.ndim:
       return _Formed(place, rows.sum([a for a in range(rows.ndim) if a != axis]))
@@ -362,7 +369,7 @@ def wide(x: base.Array) -> base.Array:
 
 
 def _as_function(step, inputs, indices):
-  """A use as a function of some of its inputs, and these inputs."""
+  """A use as a function of the inputs with these indices, and these inputs."""
 
   def apply(*parameters):
     replaced = dict(zip(indices, parameters, strict=True))
@@ -374,29 +381,29 @@ def _as_function(step, inputs, indices):
   return apply, [inputs[i] for i in indices]
 
 
-def _times(slope, weights, axis):
-  """Slopes times the weights of the examples, in the type of the slopes."""
-  dtype = base.common_dtype(slope, weights)
-  weights = jnp.expand_dims(weights, [a for a in range(slope.ndim) if a != axis])
-  return (slope.astype(dtype) * weights.astype(dtype)).astype(slope.dtype)
+def _times(cotangent, weights, axis):
+  """A cotangent times the weights of the examples, in the type of the cotangent."""
+  dtype = base.common_dtype(cotangent, weights)
+  weights = jnp.expand_dims(weights, [a for a in range(cotangent.ndim) if a != axis])
+  return (cotangent.astype(dtype) * weights.astype(dtype)).astype(cotangent.dtype)
 
 
-def _one_by_one(step, apply, parameter, slopes, size):
-  """The gradients from the slopes of one example at a time, for any operation."""
+def _one_by_one(step, apply, parameter, cotangents, size):
+  """The gradients of any operation, by one backward pass of it for each example."""
   _, vjp_fn = jax.vjp(apply, parameter)
 
   def gradient(is_row):
-    def only(slope, axis):
-      mask = jnp.expand_dims(is_row, [a for a in range(slope.ndim) if a != axis])
-      return jnp.where(mask, slope, jnp.zeros_like(slope))
+    def only(cotangent, axis):
+      mask = jnp.expand_dims(is_row, [a for a in range(cotangent.ndim) if a != axis])
+      return jnp.where(mask, cotangent, jnp.zeros_like(cotangent))
 
-    pairs = zip(slopes, step.differentiable_outputs, strict=True)
-    return vjp_fn([only(slope, axis) for slope, (_, axis) in pairs])[0]
+    pairs = zip(cotangents, step.differentiable_outputs, strict=True)
+    return vjp_fn([only(cotangent, axis) for cotangent, (_, axis) in pairs])[0]
 
   return jax.vmap(gradient)(jnp.eye(size, dtype=bool))
 
 
-def _dense_factors(step, inputs, slope, permutation):
+def _dense_factors(step, inputs, cotangent, permutation):
   """Factors of a matrix product."""
   (index,) = step.param_inputs
   data = 1 - index
@@ -426,7 +433,7 @@ def _dense_factors(step, inputs, slope, permutation):
   left = inputs[data].transpose(
     axis, *(a for _, a in groups), *positions, *(a for _, a in contracted)
   )
-  right = slope.transpose(
+  right = cotangent.transpose(
     output_axis(data, axis),
     *(list(batch[data]).index(a) for _, a in groups),
     *(output_axis(data, a) for a in positions),
@@ -435,7 +442,7 @@ def _dense_factors(step, inputs, slope, permutation):
   shape = inputs[index].shape
   sizes = [math.prod(shape[a] for a, _ in pairs) for pairs in (groups, contracted)]
   num_positions = math.prod(inputs[data].shape[a] for a in positions)
-  batch_size = slope.shape[step.differentiable_outputs[0][1]]
+  batch_size = cotangent.shape[step.differentiable_outputs[0][1]]
   num_right = math.prod(shape[a] for a in right_axes)
   axes = (
     tuple(permutation[a] for a, _ in groups),
@@ -453,7 +460,7 @@ def _dense_factors(step, inputs, slope, permutation):
   )
 
 
-def _convolution_factors(step, inputs, slope, permutation):
+def _convolution_factors(step, inputs, cotangent, permutation):
   """Factors of a convolution: the left vectors are patches of the images."""
   del permutation  # The identity, because `_untransposed` undoes only casts here.
   params = step.eqn.params
@@ -461,7 +468,7 @@ def _convolution_factors(step, inputs, slope, permutation):
   kernel = inputs[1].transpose(numbers.rhs_spec)  # Output channels, input channels.
   num_outputs, num_inputs, *window = kernel.shape
   images = inputs[0].transpose(numbers.lhs_spec)
-  channels_first = slope.transpose(numbers.out_spec)
+  channels_first = cotangent.transpose(numbers.out_spec)
   size, _, *positions = channels_first.shape
   padding = [
     (low, high, dilation - 1)
@@ -508,27 +515,27 @@ def _convolution_factors(step, inputs, slope, permutation):
     ((split,), tuple(moved), (split + 1,)),
     left.swapaxes(2, 3),
     right.swapaxes(2, 3),
-    lambda: _kernel_gradients(step, inputs, slope),
+    lambda: _kernel_gradients(step, inputs, cotangent),
   )
 
 
-def _kernel_gradients(step, inputs, slope):
+def _kernel_gradients(step, inputs, cotangent):
   """The gradients with respect to a kernel, by one convolution per image."""
   numbers = step.eqn.params["dimension_numbers"]
   axes = numbers.lhs_spec[0], numbers.out_spec[0]
 
-  def gradient(image, slope):
-    image, slope = (
-      jnp.expand_dims(x, a) for x, a in zip((image, slope), axes, strict=True)
+  def gradient(image, cotangent):
+    image, cotangent = (
+      jnp.expand_dims(x, a) for x, a in zip((image, cotangent), axes, strict=True)
     )
     apply, (kernel,) = _as_function(step, [image, inputs[1]], [1])
-    return jax.vjp(apply, kernel)[1]([slope])[0]
+    return jax.vjp(apply, kernel)[1]([cotangent])[0]
 
-  return jax.vmap(gradient, axes)(inputs[0], slope)
+  return jax.vmap(gradient, axes)(inputs[0], cotangent)
 
 
-def _embedding_factors(step, inputs, slope, permutation):
-  """Factors of a lookup in a table; several indices may select a row."""
+def _embedding_factors(step, inputs, cotangent, permutation):
+  """Factors of a lookup in a table, in which one or more indices select a row."""
   params, (table, indices) = step.eqn.params, inputs
   numbers, axis = params["dimension_numbers"], step.inputs[1].axis
   if step.param_inputs != [0] or axis is None:
@@ -566,13 +573,13 @@ def _embedding_factors(step, inputs, slope, permutation):
     return x.reshape(x.shape[0], 1, -1)
 
   index, inside = by_example(index), by_example(inside)
-  positions = [a for a in range(slope.ndim) if a not in numbers.offset_dims]
+  positions = [a for a in range(cotangent.ndim) if a not in numbers.offset_dims]
   first = positions.pop(axis)
   removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
   window = [a for a in range(table.ndim) if a not in removed]
   offsets = dict(zip(window, numbers.offset_dims, strict=True))
   ones = [offsets[a] for a in rows if a in offsets]  # Axes of size one.
-  right = slope.transpose(
+  right = cotangent.transpose(
     first, *positions, *ones, *(offsets[a] for a in ordered(columns))
   ).reshape(*index.shape, -1)
   if params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
@@ -649,7 +656,7 @@ def _ghost_squares(factors):
   total: Any = 0
   for use in factors:
     if use.is_index:
-      # Slopes of the same row of the table are added at its first position.
+      # Add the cotangents of a row of the table at the first position of this row.
       index = use.left[:, 0]
       first = jnp.argmax(index[:, :, None] == index[:, None], axis=2)
       right = wide(use.right[:, 0])

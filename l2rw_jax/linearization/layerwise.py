@@ -62,7 +62,7 @@ def linearize(
   *,
   recompute: bool | None = False,
 ) -> tuple[base.Array, Callable[..., Any], Callable[..., Any], Any]:
-  """Linearizes losses in a list of parameters; see `linearization.linearize`.
+  """Linearizes losses as a function of leaves; see `linearization.linearize`.
 
   Args:
     losses_fn: `(leaves, batch) -> (losses [B], aux)`.
@@ -70,8 +70,8 @@ def linearize(
     batch: pytree; arrays whose first axis is B contain the examples.
     names: names of the leaves, for error messages.
     recompute: whether a `jax.checkpoint` may take parameters. None allows it if
-      forward mode would not be cheaper (little is recomputed) or does not apply
-      (there is a `jax.custom_vjp`).
+      forward mode would not be cheaper (because little is recomputed) or does not
+      apply (because there is a `jax.custom_vjp`).
 
   Returns:
     A tuple of losses [B]; directional, `list like leaves -> [B]`; weighted_gradient,
@@ -106,8 +106,8 @@ def linearize(
 
   def recorded() -> tuple[Any, Any]:
     # Without a barrier, XLA would share intermediate results (normalized and transposed
-    # activations) among the derivatives, and store them, too. Large parameters are
-    # processed layer by layer, so their layers must not wait for all values.
+    # activations) among the derivatives, and store them, too. With `in_turn`, layers
+    # are processed one after the other, so a layer must not wait for all values.
     return (values, gradients) if in_turn else _barrier((values, gradients))
 
   def directional(vector):
@@ -209,7 +209,7 @@ class _Product(NamedTuple):
   axis: int
 
   def key(self) -> tuple[Any, ...]:
-    """Equal for products whose tangents can be added."""
+    """A key that is equal for products whose tangents can be added."""
     return id(self.gradient), self.axis, self.tangent.dtype
 
 
@@ -383,7 +383,7 @@ def _known(step, inputs, values, gradients):
 def _barrier(tree):
   """`tree` as new arrays; a compiler does not know that their values are the same."""
   leaves, treedef = jax.tree.flatten(tree)
-  # An array that occurs twice stays one array, see `_Product.key`.
+  # An array that occurs twice must stay one array, see `_Product.key`.
   arrays = {
     id(x): x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)
   }
@@ -485,9 +485,9 @@ class _Use:
 
 
 def _read_inputs(step, values):
-  """Values of literals and of other inputs that the derivative needs, by index.
+  """Values of the inputs that are literals or that the derivative needs, by index.
 
-  Parameters are left out.
+  Parameters are not included.
   """
   reads = step.reads()
   return {

@@ -20,7 +20,7 @@ from l2rw_jax.linearization import parameter_uses
 
 
 def allocated_after(first: base.PyTree, function: Callable[[], Any]) -> Any:
-  """`function()`, whose loops allocate their stacked outputs after `first` is computed.
+  """Runs `function` with loops that allocate stacked outputs after `first` is computed.
 
   Loops inside other loops, or inside `jax.checkpoint`, `cond` or a function with a
   custom derivative, are not changed. Outside of `jit` and similar transformations,

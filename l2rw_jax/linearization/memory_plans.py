@@ -1,11 +1,11 @@
 """The cheapest exact way to compute a step within a memory budget.
 
-L2RW and Meta-Weight-Net compute the same numbers in several ways, which need different
-amounts of memory and time: by the layerwise engine, in forward mode, with a second pass
-over the training batch, or from a few examples at a time. How much memory each way
-takes depends on the model, on the compiler and on the rest of the training step, so the
-memory is not estimated here: `choose` compiles the step in one way after another,
-beginning with the cheapest, until the compiler reports a program that fits.
+L2RW and Meta-Weight-Net can compute the same numbers in several ways, which need
+different amounts of memory and time: with the layerwise engine, in forward mode, with a
+second pass over the training batch, or from a few examples at a time. How much memory
+each way takes depends on the model, on the compiler and on the rest of the training
+step, so the memory is not estimated. Instead, `choose` compiles the step in each way,
+beginning with the cheapest, until the compiler reports that the program fits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -37,10 +37,10 @@ class Choice(NamedTuple):
 
 
 def l2rw_plans(batch_size: int) -> list[dict[str, Any]]:
-  """Options of `l2rw.weighted_value_and_grad`, from the cheapest.
+  """Options of `l2rw.weighted_value_and_grad`, in order of increasing cost.
 
-  For B training examples and M clean ones, the costs, in forward passes of one example,
-  are 4B + 3M with the layerwise engine, 5B + 3M in forward mode, and 7B + 3M in
+  For B training and M meta examples, the costs, in forward passes of one example, are
+  4B + 3M with the layerwise engine, 5B + 3M in forward mode, and 7B + 3M in
   microbatches of any size. The last plan has at most eight microbatches; append plans
   with smaller microbatches if necessary.
 
@@ -57,12 +57,12 @@ def l2rw_plans(batch_size: int) -> list[dict[str, Any]]:
 
 
 def meta_weight_net_plans(batch_size: int) -> list[dict[str, Any]]:
-  """Options of `meta_weight_net.network_gradient`, from the cheapest.
+  """Options of `meta_weight_net.network_gradient`, in order of increasing cost.
 
-  The costs, in forward passes of one example, are 4B + 3M with the layerwise engine,
-  5B + 3M in forward mode, 6B + 3M with either if the training batch is processed a
-  second time, and 7B + 3M in microbatches of any size. The list ends as in
-  `l2rw_plans`.
+  For B training and M meta examples, the costs, in forward passes of one example, are
+  4B + 3M with the layerwise engine, 5B + 3M in forward mode, 6B + 3M with either of
+  them if the training batch is processed a second time, and 7B + 3M in microbatches of
+  any size. The list ends with the microbatches of `l2rw_plans`.
 
   Args:
     batch_size: number of training examples that a device processes in a step.
@@ -101,13 +101,14 @@ def choose(
   """The first plan whose compiled step fits into `num_bytes`.
 
   A plan that does not apply to the model (microbatches with BatchNorm, forward mode
-  with a `jax.custom_vjp`) is left out. The chosen plan is logged.
+  with a `jax.custom_vjp`) is skipped. The chosen plan is logged.
 
   Args:
-    make_step: `(**options) -> step`, where `step` is a function of `args`, or the
-      result of `jax.jit`, which may donate arguments.
+    make_step: `(**options) -> step`, where `step` is a function of `args`. It may be
+      the result of `jax.jit` and donate arguments.
     args: arguments of the step: arrays, or shapes (`jax.ShapeDtypeStruct`).
-    plans: keyword arguments for `make_step`, from the cheapest, see `l2rw_plans`.
+    plans: keyword arguments for `make_step` in order of increasing cost, see
+      `l2rw_plans`.
     num_bytes: memory budget of a device for the arguments, the results and the
       temporary arrays of a step.
 
@@ -163,7 +164,7 @@ def choose(
 
 
 def _num_bytes(compiled):
-  """The memory of a program; an argument that becomes a result counts once."""
+  """The memory of a program; a donated argument that becomes a result counts once."""
   memory = compiled.memory_analysis()
   return (
     memory.argument_size_in_bytes

@@ -7,14 +7,14 @@ them. The costs in forward passes of the batch are 1 for the losses, 3 for `dire
 and 3 for `weighted_gradient`, compared with 2, 1 and 1 for the layerwise engine and 1,
 2 and 2 for forward mode.
 
-Quantities that depend on several examples are those of the microbatch: BatchNorm in
+Anything that depends on several examples is computed from one microbatch: BatchNorm in
 training mode normalizes each microbatch separately (an error is raised if the losses
 function returns its statistics), and a dropout mask that is drawn for a whole batch is
 the same in every microbatch.
 
 Under `jax.pmap` and `jax.shard_map`, the microbatches are parts of each device's batch.
 If arrays are sharded over an automatic mesh, the microbatches are parts of the global
-batch, so that examples move between devices.
+batch, so examples are moved between devices.
 
 Microbatches are processed in a loop, so compile time does not depend on their number.
 On a CPU, `control_flow.channels_last` converts the convolutions in this loop to a
@@ -43,12 +43,12 @@ def check(microbatch_size: int | None) -> None:
 def microbatched(
   linearize: Callable[..., base.Linearized], microbatch_size: int | None
 ) -> Callable[..., base.Linearized]:
-  """`linearize` for `microbatch_size` examples at a time.
+  """Returns `linearize` for `microbatch_size` examples at a time.
 
   Args:
     linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.
     microbatch_size: number of examples that this device processes at a time; the last
-      microbatch may be smaller. None selects the whole batch at once; the result is
+      microbatch may be smaller. None processes the whole batch at once; the result is
       then `linearize` itself.
 
   Returns:
@@ -299,7 +299,8 @@ def check_aux(call, params, batch, microbatch_size):
       raise base.InputError(
         f"losses_fn returns aux{jax.tree_util.keystr(path)}, which has no row per"
         " example and cannot be computed in microbatches: leave microbatch_size out, or"
-        " do not return it (statistics of BatchNorm: train a model without it)."
+        " do not return this array (for BatchNorm statistics, use a model without"
+        " BatchNorm)."
       )
 
 

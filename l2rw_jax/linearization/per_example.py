@@ -3,10 +3,10 @@
 Let g_i be the gradient of the loss of example i. Differentially private training needs
 the mean of the g_i after each has been clipped to a norm. Methods that select or
 diagnose examples need the norms and inner products of the g_i. `vmap(grad)` forms all
-g_i, which take the memory of a copy of the parameters for every example. The slopes
-(gradients of the losses with respect to the outputs of layers) that the layerwise
-engine records (see `layerwise`) give the same numbers without most of these copies. For
-a dense layer, with activations a_it and slopes d_it at position t of example i,
+g_i, which take the memory of a copy of the parameters for every example. The layerwise
+engine (see `layerwise`) records cotangents, the gradients of the losses with respect to
+the outputs of layers. They give the same numbers without most of these copies. For a
+dense layer, with activations a_it and cotangents d_it at position t of example i,
 
     g_i = sum_t a_it d_it^T     <g_i, g_j> = sum_ts <a_it, a_js> <d_it, d_js>
 
@@ -93,10 +93,10 @@ def norms(
     params: any pytree; the gradient has the leaves that are floating point or complex.
     batch: arrays with a row per example; others are shared by all examples.
     has_aux: whether `losses_fn` returns an auxiliary output in addition to the losses.
-    engine: "layerwise" records slopes, see the module docstring. "vmap" computes the
-      gradients of a few examples at a time, each alone in a batch of one row. "auto" is
-      "layerwise" if the model allows it (see `linearization.linearize`), and "vmap"
-      otherwise.
+    engine: "layerwise" records cotangents, see the module docstring. "vmap" computes
+      the gradients of a few examples at a time, each alone in a batch of one row.
+      "auto" is "layerwise" if the model allows it (see `linearization.linearize`), and
+      "vmap" otherwise.
     microbatch_size: number of examples in memory at a time; None is all, or 16 with
       "vmap". The number does not change the results. If it is given, every array of the
       batch and of aux must have a row per example.
@@ -189,7 +189,7 @@ def clipped_gradient(
   """The mean of the gradients of a batch, each clipped to a norm.
 
   This is (1/B) sum_i min(1, C / |g_i|) g_i for C = `max_norm`. Replacing one example
-  changes it by at most 2 C / B, and adding one example changes the sum by at most C.
+  changes the mean by at most 2 C / B; adding one example changes the sum by at most C.
   The noise of differentially private SGD is therefore proportional to C:
 
       gradient + (C * noise_multiplier / B) * standard normal noise
@@ -198,9 +198,10 @@ def clipped_gradient(
     losses_fn: see `norms`.
     params: see `norms`.
     batch: see `norms`.
-    max_norm: C, a positive scalar; infinity clips nothing. A gradient whose squares
-      overflow its type (in float32, of length 1.8e19 or more) counts as infinitely
-      long and becomes 0. One whose squares vanish (below 1e-19) is not clipped.
+    max_norm: C, a positive scalar; infinity clips nothing. A gradient whose squared
+      norm overflows its type (in float32, if the norm is 1.8e19 or more) counts as
+      infinitely long and becomes 0. A gradient whose squared norm underflows to 0 (a
+      norm below 1e-19) is not clipped.
     has_aux: see `norms`.
     engine: see `norms`.
     microbatch_size: see `norms`.
@@ -276,7 +277,7 @@ class _Recorded(NamedTuple):
     return self.gradients.products()
 
   def weighted(self, weights: base.Array) -> list[base.Array]:
-    """The sum of w_i g_i, a list like the leaves."""
+    """The sum of w_i g_i, as a list like the leaves."""
     return self.gradients.weighted(weights)
 
 
@@ -307,7 +308,7 @@ class _Formed(NamedTuple):
     return ghost_products.summed([jnp.real(g @ jnp.conj(g).T) for g in self._flat()])
 
   def weighted(self, weights: base.Array) -> list[base.Array]:
-    """The sum of w_i g_i, a list like the leaves."""
+    """The sum of w_i g_i, as a list like the leaves."""
 
     def times(g):
       g = ghost_products.wide(g)
@@ -395,7 +396,8 @@ def _map(
 
   def microbatch_step(carry, microbatch):
     size = jax.tree.leaves(microbatch)[0].shape[0]
-    # With one example, both engines do the same, and the batch axis is not recognized.
+    # With one example, both engines compute the same, and the layerwise engine may not
+    # recognize the batch axis.
     chosen = engine if size > 1 else "vmap"
     gradients = _record(call_part, leaves, microbatch, partition.names, chosen)
     if gradients is not None:
@@ -437,13 +439,13 @@ def _record(call, leaves, batch, names, engine):
       raise
     # If the losses function has an error, the next call reports it, as in `engines`.
     logging.log_first_n(
-      logging.INFO, "vmap of grad instead of the layerwise engine: %s", 1, error
+      logging.INFO, "using vmap of grad instead of the layerwise engine: %s", 1, error
     )
     return None
 
 
 def _layerwise(call, leaves, batch, names):
-  """A `_Recorded` with the activations and slopes of all parameter uses."""
+  """A `_Recorded` with the activations and cotangents of all parameter uses."""
   plan, env, outputs, tree = parameter_uses.trace(call, leaves, batch, names)
   steps = ghost_products.uses_of(plan)
 
@@ -466,9 +468,9 @@ def _layerwise(call, leaves, batch, names):
     for step in steps
   ]
   losses, vjp_fn, (values, aux) = jax.vjp(perturbed_losses, zeros, has_aux=True)
-  (slopes,) = vjp_fn(jnp.ones_like(losses))
+  (cotangents,) = vjp_fn(jnp.ones_like(losses))
   gradients = ghost_products.PerExampleGradients(
-    plan, values, leaves, slopes, losses.shape[0]
+    plan, values, leaves, cotangents, losses.shape[0]
   )
   return _Recorded(losses, jax.tree.unflatten(tree, aux), gradients)
 
@@ -479,7 +481,7 @@ def _zeros(aval):
 
 
 def _split_rows(batch, size):
-  """The arrays with a row per example, and a function from such arrays to a batch."""
+  """The arrays with a row per example, and a function that puts them into the batch."""
   leaves, tree = jax.tree.flatten(batch)
   treedef: Any = tree
   is_row = [base.is_array(x) and jnp.shape(x)[:1] == (size,) for x in leaves]
@@ -532,8 +534,8 @@ def _checked(carry, results, losses, alone, epsilon):
   is_finite = jnp.isfinite(losses) & jnp.isfinite(alone)
   sizes = jnp.maximum(jnp.abs(losses), jnp.abs(alone))
   largest = jnp.max(jnp.where(is_finite, sizes, jnp.zeros_like(sizes)))
-  # All losses may be small, as those of a good network are. The second term is the
-  # rounding error of a small loss that is the difference of numbers near 200.
+  # All losses may be small, as those of a good network are. `smallest` is the rounding
+  # error of a small loss that is the difference of numbers near 200.
   smallest = 200 * float(jnp.finfo(losses.dtype).eps)
   tolerance = epsilon**0.5 * largest + smallest
   same = jnp.all((jnp.abs(losses - alone) <= tolerance) | ~is_finite)
