@@ -95,8 +95,8 @@ def sigmoid_cross_entropy(
     )
   dtype = logits.dtype
   logits, labels, scale = _safe(logits, labels, where)
-  # The logit of the label against the other class. optax's sum over both classes
-  # multiplies 0 and infinity if a logit is infinite.
+  # The logit of the label minus that of the other class. optax's sum over both classes
+  # would multiply 0 and infinity if a logit is infinite.
   difference = jnp.where(labels == 1, logits[:, 0], -logits[:, 0])
   return (-jax.nn.log_sigmoid(difference) * scale).astype(dtype)
 
@@ -180,7 +180,7 @@ def focal(
   # 0 and has no logarithm.
   is_sure = jnp.all(jnp.isneginf(others), axis=1)
   log_rest = jax.nn.logsumexp(jnp.where(is_sure[:, None], 0, others), axis=1)
-  # 0^gamma, whose derivative with respect to gamma would be NaN.
+  # This is 0^gamma. The derivative of the power with respect to gamma would be NaN.
   at_zero = jnp.asarray(gamma == 0, log_p.dtype)
   factor = jnp.where(is_sure, at_zero, jnp.exp(gamma * log_rest))
   return (-factor * _at(log_p, is_label) * scale).astype(logits.dtype)
@@ -242,9 +242,9 @@ def generalized_cross_entropy(
 ) -> base.Array:
   """(1 - p_y^q) / q, the cross-entropy as q -> 0 and 1 - p_y at q = 1.
 
-  The truncated loss is the constant (1 - k^q) / q where p_y is at most k. The release
-  of ABSGD subtracts this constant from the loss and multiplies the difference by 0 or
-  1; the gradients are the same.
+  With a threshold k, the loss is truncated: it is the constant (1 - k^q) / q where p_y
+  is at most k. The release of ABSGD subtracts this constant from the loss and
+  multiplies the difference by 0 or 1; the gradients are the same.
 
   Args:
     logits: [B, C] or [B, 1].
@@ -358,7 +358,8 @@ def forward_corrected(
     labels: possibly wrong class of each example, [B].
     transition: T [C, C] (C = 2 for a single logit), where T_jy is the probability that
       an example of class j has the label y; rows sum to 1. If column y is zero, the
-      loss is -log(tiny) for the smallest normal float, and there is no gradient.
+      loss is -log(tiny), where tiny is the smallest normal number, and its gradient is
+      zero up to rounding.
     where: which examples count, bool [B]; None is all.
 
   Returns:
@@ -539,7 +540,7 @@ def check_logits(
 
 
 def _check_array(name, value):
-  """Raises InputError for a list, whose type would be a guess."""
+  """Raises InputError for a list, because the dtype of its array would be a guess."""
   if not hasattr(value, "dtype"):
     raise base.InputError(
       f"{name} must be an array; got a value of type {type(value).__name__}. Convert it"

@@ -113,7 +113,7 @@ def update(
     state: the state before the step.
     meta_gradient_fn: `phi -> MetaGradient`. The gradient is computed only in steps with
       an update, which saves time, except for several runs under one `vmap`.
-    optimizer: the meta optimizer, whose `value` is the meta loss.
+    optimizer: the meta optimizer; the meta loss is passed to it as `value`.
     step: step of the run, counted from 0; int32 scalar.
     every: number of steps from one update to the next.
 
@@ -197,7 +197,7 @@ def meta_gradient(
     params: parameters of the classifier.
     meta_batch: this device's meta examples.
     optimizer: the look-ahead optimizer.
-    opt_state: state of the optimizer; None is a new state.
+    opt_state: state of the optimizer; None creates a new state.
     has_aux: whether `meta_losses_fn` also returns an auxiliary output.
     axis_name: mapped axis over which both batches are sharded.
 
@@ -295,7 +295,8 @@ def iterate(
     every: number of steps from one update of phi to the next.
 
   Returns:
-    The gradient of the classifier, summed over devices, and the state after the step.
+    The gradient with respect to the classifier's parameters, summed over devices, and
+    the state after the step.
 
   Raises:
     InputError: see `meta_gradient` and `update`.

@@ -92,13 +92,13 @@ def activation_ratio(
 ) -> float:
   """The memory of the activations divided by that of the parameters of layers.
 
-  The results of a backward pass (the gradients of layers) can be used one after the
-  other if they are products of activations and slopes that are in memory. Activations
-  that the backward pass recomputes (`jax.checkpoint`) would then have to be kept, so
-  they are counted, too. Values that depend on parameters alone, such as transposed or
-  cast parameters, are not counted: their size does not grow with the batch. The
-  gradients of parameters that enter a loop are results of the whole loop, so these
-  parameters are not counted.
+  If all activations and cotangents are kept in memory, the gradients of one layer can
+  be computed from them, used and freed before those of the next layer are computed.
+  Activations that the backward pass recomputes (`jax.checkpoint`) would then have to be
+  kept, so they are counted, too. Values that depend on parameters alone, such as
+  transposed or cast parameters, are not counted, because their size does not grow with
+  the batch. Parameters that enter a loop are not counted, because their gradients are
+  known only after the whole loop.
 
   Args:
     losses_fn: maps parameters to losses.
@@ -108,15 +108,15 @@ def activation_ratio(
     num_examples: number of losses.
 
   Returns:
-    The ratio; infinite if all parameters enter loops. Outside of `jit` and similar
-    transformations, where operations run in the order of the program, or if at least
-    `num_examples` times the size of the parameters is stored, the ratio is that of all
-    stored values to all parameters.
+    The ratio; infinite if all parameters enter loops. In two cases, all stored values
+    are divided by all parameters instead: outside of `jit` and similar transformations,
+    where operations run in the order of the program; and if the stored values take at
+    least `num_examples` times the memory of the parameters.
   """
   activations, parameters = residual_bytes(vjp_fn, (leaves, batch)), num_bytes(leaves)
   is_traced = any(isinstance(x, jax.core.Tracer) for x in (*leaves, *_arrays(batch)))
-  # If the activations of a single example take more memory anyway, the losses need not
-  # be traced again.
+  # If the activations of a single example take more memory than the parameters, the
+  # exact ratio is not needed, so the losses are not traced again.
   if is_traced and activations < parameters * num_examples:
     closed = jax.make_jaxpr(losses_fn)(leaves)
     batch_ids = {id(x) for x in jax.tree.leaves(batch)}
@@ -136,7 +136,8 @@ class _Source(NamedTuple):
 
   Attributes:
     kind: parameters, examples, or neither.
-    leaves: indices of the parameters that it depends on, if it depends on no example.
+    leaves: indices of the parameters that the value depends on; empty if it depends on
+      an example.
   """
 
   kind: parameter_uses.Kind
@@ -160,14 +161,14 @@ def _arrays(tree):
 
 
 def _walk(jaxpr, sources):
-  """Finds the parameters and values for which `activation_ratio` corrects its counts.
+  """Finds the parameters and values that `activation_ratio` does not count.
 
   Args:
     jaxpr: the operations.
     sources: a `_Source` for each of its constants and inputs.
 
   Returns:
-    The indices of the parameters that enter loops over examples; whether a
+    The indices of the parameters that enter a loop together with examples; whether a
     `jax.checkpoint` outside of loops takes parameters and examples; the size in bytes
     of the values that are computed from parameters alone; the sources of the outputs.
   """
@@ -200,8 +201,8 @@ def _walk(jaxpr, sources):
   return in_loops, has_checkpoint, of_parameters, [read(v) for v in jaxpr.outvars]
 
 
-def _is_large(x):
-  """Whether a constant may be a batch, or a key from which as much is drawn."""
+def _may_be_data(x):
+  """Whether a constant may be a batch, or a PRNG key for random numbers of a batch."""
   aval = jax.typeof(x)
   return aval.ndim > 0 or jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
@@ -209,7 +210,7 @@ def _is_large(x):
 def _stored_bytes(closed, leaves, batch):
   """The size of the values that depend on examples and are stored for a backward pass.
 
-  Nothing is recomputed outside of loops.
+  Values under a `jax.checkpoint` outside of loops count as stored, not as recomputed.
   """
   consts = closed.consts
 
@@ -225,7 +226,9 @@ def _stored_bytes(closed, leaves, batch):
     return parameter_uses.run(jaxpr, consts, inputs, replace)
 
   def count(leaves):
-    of_data = {id(x): x for x in (*jax.tree.leaves(batch), *filter(_is_large, consts))}
+    of_data = {
+      id(x): x for x in (*jax.tree.leaves(batch), *filter(_may_be_data, consts))
+    }
     of_parameters = {id(x): x for x in leaves}
     # The results of operations on parameters alone; None for other operations.
     results = []
@@ -259,7 +262,7 @@ def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   """Returns a copy of `then`; computations that use the copy wait for `first`.
 
   Args:
-    first: pytree of arrays; only floating-point and complex ones are waited for.
+    first: pytree of arrays. Only its floating-point and complex arrays have an effect.
     then: pytree of arrays. Typed PRNG keys, Python numbers, and arrays of strings or
       objects do not wait.
 
@@ -273,7 +276,7 @@ def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   is_ready = zero_after(first) == 0  # Always True.
 
   def wait(x):
-    if not base.is_array(x):  # Python numbers and strings are not computed.
+    if not base.is_array(x):  # Python numbers and strings need no computation.
       return x
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # Typed PRNG keys.
       return x

@@ -69,7 +69,7 @@ class Value(NamedTuple):
 
   @property
   def is_parameter(self) -> bool:
-    """Whether it depends on parameters alone and is floating point or complex."""
+    """Whether it is floating point or complex and depends on parameters alone."""
     return self.kind == Kind.PARAMS and _is_inexact(self)
 
 
@@ -138,7 +138,7 @@ class Step(NamedTuple):
     return []
 
   def perturbations(self, zeros_of: ZerosOf) -> list[base.Array]:
-    """Zeros to add: to the parameter of a broadcast use, to the outputs of others."""
+    """Zeros to add to the parameter of a broadcast use, or to the outputs otherwise."""
     if not self.is_broadcast:
       return [
         zeros_of(self.eqn.outvars[i].aval) for i, _ in self.differentiable_outputs
@@ -194,7 +194,7 @@ class Loop(NamedTuple):
     records: place of the recorded values: a dictionary from each place in the body to
       an array with one row per iteration.
     length: number of iterations.
-    reverse: whether the last rows come first.
+    reverse: whether the scan runs from the last row to the first.
     unroll: number of iterations in one iteration of the compiled loop.
   """
 
@@ -217,7 +217,7 @@ class Loop(NamedTuple):
 
   @property
   def is_refused(self) -> bool:
-    """False, because `Plan.run` leaves out only instances of `Step`."""
+    """False, because `Plan.run` skips only instances of `Step`."""
     return False
 
   @property
@@ -308,7 +308,7 @@ class Recomputed(NamedTuple):
 
   @property
   def is_refused(self) -> bool:
-    """False, because `Plan.run` leaves out only instances of `Step`."""
+    """False, because `Plan.run` skips only instances of `Step`."""
     return False
 
   @property
@@ -381,7 +381,7 @@ class Plan:
     self.steps: list[Step | Loop | Recomputed] = []
     self._recompute = recompute
     self.consts: Places = []  # Empty unless this plan is a loop's body.
-    # Values that are numbers, not tracers; None if the number cannot be computed.
+    # Constants whose value is known during tracing, by place; None if it is not known.
     self.known: dict[int, Any] = {}
     self._names = names
     self._outer = outer
@@ -440,7 +440,7 @@ class Plan:
     return inner
 
   def add(self, jaxpr: Any, consts: list[Value], args: list[Value]) -> list[Value]:
-    """Appends the operations of a jaxpr and returns its outputs."""
+    """Adds the operations of a jaxpr to the plan and returns the outputs."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def read(atom):
@@ -544,7 +544,7 @@ class Plan:
     return pairs
 
   def _number(self, value, producers):
-    """A constant of integers as a NumPy array; None if tracing does not know it."""
+    """An integer constant as a NumPy array; None if it is not known during tracing."""
     is_integer = any(jnp.issubdtype(value.aval.dtype, t) for t in (jnp.integer, bool))
     if value.kind != Kind.CONSTANT or not is_integer:
       return None
@@ -556,7 +556,8 @@ class Plan:
       inputs = [self._number(x, producers) for x in step.inputs]
       if step.eqn.effects or any(x is None for x in inputs):
         return None
-      if step.eqn.primitive.name in ("pcast", "pvary"):  # These need their mesh.
+      # These do not change values, and cannot be evaluated without their mesh.
+      if step.eqn.primitive.name in ("pcast", "pvary"):
         results = inputs
       else:
         with jax.ensure_compile_time_eval():
@@ -663,9 +664,9 @@ class Plan:
   def _add_barrier(self, inputs):
     """Adds a barrier and returns its outputs; None if all depend on examples.
 
-    Values that do not depend on examples are left out of it. They are computed before
-    the others anyway, and the outputs of a barrier count as values that depend on
-    examples, so that later uses of these parameters would not be recorded.
+    Values that do not depend on examples are not passed through the barrier. They are
+    computed before the others anyway. If they passed through it, they would count as
+    values that depend on examples, and later uses of parameters would not be recorded.
     """
     is_data = [value.kind == Kind.DATA for value in inputs]
     if all(is_data):
@@ -762,7 +763,7 @@ class Plan:
     kind, axis, error = state
     error = error or after.error
     if error is None and after.kind == Kind.DATA and axis != after.axis:
-      error = self._error("a scan that moves the examples' axis", eqn, inputs)
+      error = self._error("a scan that moves the batch axis of its carry", eqn, inputs)
     return max(kind, after.kind), None if error else axis, error
 
   def _add_loop(self, scan, body, rows, carry, before, after, inputs):
@@ -889,11 +890,11 @@ class Plan:
     Args:
       kind: which operations to run.
       env: values by place.
-      perturbations: for each parameter use, zeros. Derivatives with respect to these
+      perturbations: zeros for each parameter use. Derivatives with respect to these
         zeros are those of a program that adds them to the parameters or outputs of the
         use.
-      run_refused: whether to run operations without a known derivative, on which only
-        aux depends.
+      run_refused: whether to run operations whose derivative is not known. Only aux
+        depends on such operations.
     """
     remaining = iter(perturbations or ())
     for step in self.steps:
@@ -956,7 +957,7 @@ def _plan(closed, arrays, num_leaves, size, names, recompute):
     is_data = jnp.shape(array)[:1] == (size,)
     kind, axis = (Kind.DATA, 0) if is_data else (Kind.CONSTANT, None)
     args.append(plan.place(kind, aval, axis))
-    # The derivatives read the types of values, which a Python number does not have.
+    # Derivatives read the dtypes of values, and a Python number has no dtype.
     env[args[-1].place] = array if hasattr(array, "dtype") else jnp.asarray(array)
   consts = [plan.place(Kind.CONSTANT, v.aval) for v in closed.jaxpr.constvars]
   plan.known = {

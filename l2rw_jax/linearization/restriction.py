@@ -2,7 +2,7 @@
 
 The score of an example is a sum over layers, <grad l_i, v> = sum_p <grad_p l_i, v_p>.
 `restricted` keeps only the terms of some layers. This approximates the score, and
-reduces the cost of `directional` to the share of these layers. Losses and weighted
+reduces the cost of `directional` to the cost of these layers. Losses and weighted
 gradients are those of the whole network.
 """
 
@@ -53,12 +53,12 @@ def restricted(
       of the FLOPs of `directional`. It selects the last layers, as many as fit into
       this share, and needs a model to which the layerwise engine applies and which
       uses no parameters in a loop or under `jax.checkpoint`. A parameter that costs
-      less than half of the one that is used before it, such as a bias, is selected only
-      together with that one. A string or a list of strings selects the parameters
-      whose path has such a name among its components ("Dense_2", "block_3/qkv"). A
-      function takes a path, such as "params/Dense_2/kernel", and returns whether the
-      parameter is used. None selects all parameters; the result is then `linearize`
-      itself.
+      less than half of the parameter that is used before it, such as a bias, is
+      selected only together with it. A string or a list of strings selects the
+      parameters whose path has such a name among its components ("Dense_2",
+      "block_3/qkv"). A function takes a path, such as "params/Dense_2/kernel", and
+      returns whether the parameter is used. None selects all parameters; the result is
+      then `linearize` itself.
 
   Returns:
     A function of the arguments of `linearize` that returns a `base.Linearized`. The
@@ -120,7 +120,7 @@ def restricted(
 
 
 def _named(layers, names):
-  """Whether each path is chosen by a predicate or by names."""
+  """Whether each path is selected by a predicate or by names."""
   if callable(layers):
     is_used = [bool(layers(name)) for name in names]
   else:
@@ -135,7 +135,7 @@ def _named(layers, names):
     is_used = [any(f"/{layer}/" in name for layer in wanted) for name in padded]
   if not any(is_used):
     raise base.InputError(
-      f"layers chooses no parameter; the paths are {_listed(names)}."
+      f"layers selects no parameter; the paths are {_listed(names)}."
     )
   return is_used
 
@@ -192,7 +192,7 @@ def _last(share, losses_fn, params, batch, has_aux):
   if not any(is_used):
     name = _listed([partition.names[max(layers[0], key=costs.__getitem__)]])
     raise base.InputError(
-      f"layers={share}: the last layer, of {name}, alone costs more than this share;"
+      f"layers={share}: the last layer ({name}) alone costs more than this share;"
       " raise the share, or name the layers."
     )
   return is_used

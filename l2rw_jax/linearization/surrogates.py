@@ -17,11 +17,12 @@ from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
 
-# With a separator at the end: folders such as `jaxopt` begin with the same letters.
+# The path ends with a separator, because folders such as `jaxopt` also begin with it.
 _JAX_FOLDER = os.path.join(pathlib.Path(jax.__file__).parent, "")
-# Calls without a custom derivative, and the name of the parameter with their body.
+# Calls without a custom derivative, each with the name of the parameter for its body.
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
-# The largest relative difference of the two derivatives in single and half precision.
+# Largest relative difference of the two derivatives that is accepted, in single and
+# half precision.
 _TOLERANCE, _HALF_TOLERANCE = 0.1, 0.4
 
 
@@ -43,7 +44,7 @@ def find(jaxpr: Any) -> str | None:
   for eqn in _suspects(jaxpr):
     name = name_of(eqn)
     avals = [v.aval for v in eqn.invars]
-    # Calls of one function with other static arguments have other rules.
+    # Calls of a function with different static arguments have different rules.
     rules = ((k, id(v)) for k, v in sorted(eqn.params.items()))
     key = (name, *((x.shape, x.dtype) for x in avals), *rules)
     if key not in consistent and _disagrees(eqn):

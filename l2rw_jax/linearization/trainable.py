@@ -48,10 +48,10 @@ class Partition:
     return [jnp.asarray(leaf) for leaf, keep in pairs if keep]
 
   def checked_leaves(self, name: str, vector: base.PyTree) -> list[base.Array]:
-    """The trainable leaves of a vector, in their own types.
+    """The trainable leaves of a vector, with their dtypes unchanged.
 
     Args:
-      name: the argument, for error messages.
+      name: the name of the argument, for error messages.
       vector: pytree shaped like `params`.
 
     Raises:
@@ -76,7 +76,7 @@ class Partition:
     return leaves
 
   def vector_leaves(self, name: str, vector: base.PyTree) -> list[base.Array]:
-    """`checked_leaves` in the types of the parameters."""
+    """`checked_leaves`, cast to the dtypes of the parameters."""
     pairs = zip(self.checked_leaves(name, vector), self._arrays(), strict=True)
     return [leaf.astype(of_param.dtype) for leaf, of_param in pairs]
 
@@ -84,11 +84,11 @@ class Partition:
     return self.leaves(self._treedef.unflatten(self._leaves))
 
   def combine(self, leaves: list[Any]) -> base.PyTree:
-    """A pytree of trainable leaves and, for the others, the leaves of `params`."""
+    """A pytree of the given trainable leaves and the other leaves of `params`."""
     return self._combine(leaves, self._leaves)
 
   def combine_gradient(self, leaves: list[Any]) -> base.PyTree:
-    """A pytree of gradients of trainable leaves and, for the others, zeros."""
+    """A pytree of the given gradients of trainable leaves, and zeros for the others."""
     pairs = zip(self._leaves, self._is_trainable, strict=True)
     # Zeros for a trainable leaf would add two operations to the program.
     others = [None if keep else zero_gradient(leaf) for leaf, keep in pairs]
