@@ -36,9 +36,9 @@ def estimate_transition(
     probabilities: predicted probabilities of the given labels, [N, C], N at least 1;
       rows sum to 1. Logits are refused outside `jit`.
     percentile: from 0 to 100. The anchor is the example at index
-      floor(percentile / 100 (N - 1)) in ascending order. 100 is the maximum, as in the
-      paper; 97, the value of the released code, requires that every class has more than
-      3% of the examples.
+      floor(percentile / 100 (N - 1)) in ascending order of the probability. 100 is the
+      maximum, as in the paper; 97, the value of the released code, requires that every
+      class has more than 3% of the examples.
 
   Returns:
     T [C, C].

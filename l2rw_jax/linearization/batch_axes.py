@@ -84,7 +84,7 @@ _INLINED = ("jit", "pjit", "closed_call", "core_call", "call_hi_primitive")
 _BODY = "the operations in its body are not analyzed"
 _COLLECTIVE = "it takes values from other devices"
 _STATE = "it reads or writes a reference"
-_RARE = "few networks use it"
+_RARE = "few networks use it, so it has no rule here"
 # All other operations of JAX, and the reasons why they are not supported.
 REFUSED = {
   **dict.fromkeys(("call", "cond", "while"), _BODY),

@@ -62,7 +62,7 @@ def meta_weight_net_plans(batch_size: int) -> list[dict[str, Any]]:
   For B training and M meta examples, the costs, in forward passes of one example, are
   4B + 3M with the layerwise engine, 5B + 3M in forward mode, 6B + 3M with either of
   them if the training batch is processed a second time, and 7B + 3M in microbatches of
-  any size. The list ends with the microbatches of `l2rw_plans`.
+  any size. The list ends with the microbatch plans of `l2rw_plans`.
 
   Args:
     batch_size: number of training examples that a device processes in a step.

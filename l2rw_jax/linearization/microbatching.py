@@ -43,7 +43,7 @@ def check(microbatch_size: int | None) -> None:
 def microbatched(
   linearize: Callable[..., base.Linearized], microbatch_size: int | None
 ) -> Callable[..., base.Linearized]:
-  """Returns `linearize` for `microbatch_size` examples at a time.
+  """Wraps `linearize` to process `microbatch_size` examples at a time.
 
   Args:
     linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.

@@ -96,9 +96,10 @@ def activation_ratio(
   be computed from them, used and freed before those of the next layer are computed.
   Activations that the backward pass recomputes (`jax.checkpoint`) would then have to be
   kept, so they are counted, too. Values that depend on parameters alone, such as
-  transposed or cast parameters, are not counted, because their size does not grow with
-  the batch. Parameters that enter a loop are not counted, because their gradients are
-  known only after the whole loop.
+  transposed or cast parameters, do not grow with the batch, so they are not counted if
+  they may take more than a tenth of the memory of all stored values. Parameters that
+  enter a loop are not counted, because their gradients are known only after the whole
+  loop.
 
   Args:
     losses_fn: maps parameters to losses.
@@ -161,7 +162,7 @@ def _arrays(tree):
 
 
 def _walk(jaxpr, sources):
-  """Finds the parameters and values that `activation_ratio` does not count.
+  """Finds what `activation_ratio` has to add or leave out.
 
   Args:
     jaxpr: the operations.

@@ -109,9 +109,10 @@ def norms(
     InputError: the losses are not floating-point numbers of shape [B] or are empty,
       `params` has no trainable leaf, `batch` is sharded over an explicit mesh, `engine`
       is unknown or does not support the model, or `microbatch_size` is invalid (see
-      `microbatching.microbatched`). If "vmap" is used, given or selected by "auto", it
-      is also raised if no array of the batch has B rows, or if examples depend on each
-      other; under `jit` the results are NaN instead in the second case.
+      `microbatching.microbatched`). If "vmap" is used (given or selected by "auto"),
+      the error is also raised if no array of the batch has B rows or if examples depend
+      on each other; under `jit`, examples that depend on each other make the results
+      NaN instead.
 
   Example:
     >>> import jax.numpy as jnp

@@ -17,7 +17,7 @@ from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
 
-# The path ends with a separator, because folders such as `jaxopt` also begin with it.
+# The separator at the end excludes folders such as `jaxopt`.
 _JAX_FOLDER = os.path.join(pathlib.Path(jax.__file__).parent, "")
 # Calls without a custom derivative, each with the name of the parameter for its body.
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}

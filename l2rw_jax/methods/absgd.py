@@ -19,13 +19,13 @@ alpha divides the learning rate. gamma multiplies the *new* value: with 0.9 the 
 depends on little more than the last batch. Neither a weight nor the sum of the weights
 exceeds 1 / (gamma alpha).
 
-Differences from the released code: the released code computes the exponentials as
-written, which overflow in float32 if l / lambda is 89 or more. This module stores
-v = log u and computes everything relative to the largest l / lambda of the batch. The
-numbers are the same, and they are finite for any finite losses (in float32, u has a
-relative error of about 1e-7 |v|). The released code treats any lambda of 200 or more as
-infinite. If a finite lambda changes (which it does not in the published commands), the
-released code keeps u, whose unit depends on lambda; this module resets u.
+Differences from the released code: the released code computes exp(l / lambda) directly,
+which overflows in float32 if l / lambda is 89 or more. This module stores v = log u and
+computes everything relative to the largest l / lambda of the batch. The numbers are the
+same, and they are finite for any finite losses (in float32, u has a relative error of
+about 1e-7 |v|). The released code treats any lambda of 200 or more as infinite. If a
+finite lambda changes (which it does not in the published commands), the released code
+keeps u, whose unit depends on lambda; this module resets u.
 
 References:
   Qi, Xu, Yin, Jin, Yang, "Attentional-Biased Stochastic Gradient Descent", TMLR
@@ -70,8 +70,8 @@ def example_weights(
       traced.
     alpha: scale of the new batch in u, above 0; divides the weights.
     clip: upper bound of p_i, such as 1e4 / B; the released code has none.
-    uniform_share: adds uniform_share / B to every p_i after clipping. 1 in the
-      released label-noise program, 0 in the others.
+    uniform_share: adds uniform_share / B to every p_i after clipping. It is 1 in the
+      released label-noise program and 0 in the others.
     axis_name: mapped axis over which the batch is sharded. In the formulas, B then
       counts the examples of all devices.
 
