@@ -3,10 +3,10 @@ r"""A small language model on text with corrupted documents.
 A GPT is trained on the sources of Python's standard library, byte by byte. 30% of the
 training documents are corrupted: one third of these are shuffled bytes, one third are
 English prose, and one third are random bytes. A few documents are known to be clean,
-and L2RW and Meta-Weight-Net use them to weight the others. They are compared with
-uniform weights, with training without the documents that have a large loss, with
+and L2RW and Meta-Weight-Net use them to weight the others. Both methods are compared
+with uniform weights, with training without the documents that have a large loss, with
 training on the clean documents alone, with fine-tuning on the clean documents, and with
-uniform training that stops at the lowest loss on them.
+uniform training that stops at the lowest loss on the clean documents.
 Command: python -m experiments.lm_reweight
 Device, time: 2 CPU cores, 10 minutes with --num_steps=400 --num_seeds=2.
 Published: no comparable number. Measured: results/lm_reweight.
@@ -351,12 +351,14 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
           **report.run_fields(result.metrics),
         }
       )
-  by_seed = {r["seed"]: r["seconds"] for r in rows if r["method"] == "uniform"}
+  uniform_seconds = {
+    row["seed"]: row["seconds"] for row in rows if row["method"] == "uniform"
+  }
   for row in rows:
     # The curve of early_stopped is that of uniform training.
-    if row["seed"] in by_seed and row["method"] != "early_stopped":
+    if row["seed"] in uniform_seconds and row["method"] != "early_stopped":
       curve = curves[row["method"]][settings.seeds.index(row["seed"])]
-      limit = by_seed[row["seed"]]
+      limit = uniform_seconds[row["seed"]]
       value = float(curve.at(limit))  # NaN before the first evaluation.
       row["bits_in_uniform_time"] = value if math.isfinite(value) else None
   title = (

@@ -15,7 +15,13 @@ Row = dict[str, Any]
 
 
 class Interval(NamedTuple):
-  """A mean with its 95% confidence half-width (NaN for a single number)."""
+  """A mean and its 95% confidence interval.
+
+  Attributes:
+    mean: the mean.
+    half_width: half the width of the interval; NaN for a single number.
+    repeats: how many numbers were averaged.
+  """
 
   mean: float
   half_width: float
@@ -38,9 +44,9 @@ def interval(values: Sequence[float]) -> Interval:
   count, mean = len(numbers), float(np.mean(numbers))
   if count < 2:
     return Interval(mean, float("nan"), count)
-  spread = np.std(numbers, ddof=1) / np.sqrt(count)
+  standard_error = np.std(numbers, ddof=1) / np.sqrt(count)
   quantile = special.stdtrit(count - 1, 0.975)
-  return Interval(mean, float(quantile * spread), count)
+  return Interval(mean, float(quantile * standard_error), count)
 
 
 def auroc(weights: dict[str, np.ndarray]) -> float | None:
@@ -54,7 +60,7 @@ def auroc(weights: dict[str, np.ndarray]) -> float | None:
 
   Returns:
     The area under the ROC curve: 0.5 is chance; None if it is undefined, or if
-    the numbers differ by less than 1e-9.
+    the mean weights differ by less than 1e-9.
   """
   return ranking_auroc(-weights["mean_weight"], _is_wrong(weights))
 
@@ -89,8 +95,8 @@ def ranking_auroc(suspicion: np.ndarray, is_wrong: np.ndarray) -> float | None:
   """How well a number for each example detects wrong labels.
 
   Args:
-    suspicion: numbers that are higher for suspicious examples, [N]; examples with a
-      number that is not finite do not count.
+    suspicion: numbers that are higher for suspicious examples, [N]; examples whose
+      number is not finite are ignored.
     is_wrong: whether each label is wrong, bool [N].
 
   Returns:

@@ -46,7 +46,7 @@ LOSS_GRID = np.concatenate([np.linspace(0, 10, 101), np.linspace(10.5, 20, 20)])
 
 @dataclasses.dataclass(frozen=True)
 class Settings(probes.Settings):
-  """The flags of most scripts that train classifiers: the probes and the seeds."""
+  """The flags that most scripts for classifiers have: probes and seeds."""
 
   num_seeds: int = flag(3)
 
@@ -103,8 +103,8 @@ class Cell:
 def folder_name(facts: dict[str, Any], method_name: str) -> str:
   """The name of the folder of a cell, without slashes and braces.
 
-  A value with characters that names and numbers do not have, such as the path of a
-  user's data, is replaced by the end of the path and a checksum.
+  A value with a character that is not a letter, a digit or one of `_.+-`, such as the
+  path of a user's data, is replaced by its last path component and a checksum.
   """
   return "-".join(map(_in_path, _names(facts, method_name)))
 
@@ -157,8 +157,8 @@ def method_cell(
     **problem: other fields of `registries.Problem`.
 
   Raises:
-    InputError: the settings of the method are invalid, or it would begin after the end
-      of the run, or its schedule cannot start again.
+    InputError: the settings of the method are invalid, its deferred part would begin
+      after the end of the run, or its learning rate schedule cannot be restarted.
   """
   schedule = optimizer.schedule(config.num_steps)
   whole_problem = registries.Problem(
@@ -373,7 +373,7 @@ def row(
     drops = (f"{share:g}:{factor:g}" for share, factor in optimizer["drops"])
     optimizer["drops"] = " ".join(drops)
     if optimizer["plateau_data"] == "validation":
-      del optimizer["plateau_data"]  # Rows of versions without it have no such column.
+      del optimizer["plateau_data"]  # Rows of older versions lack this column.
   return {
     **facts,
     "method": cell.method_name,
@@ -411,7 +411,7 @@ def report(
     methods: the methods that the script offers and those that were run, for notes on
       flags that have no effect.
     more: text to print below the table.
-    before: other files that were written, to list before `results.json`.
+    before: like `files`, but listed before `results.json`.
 
   Returns:
     The rows.

@@ -34,7 +34,7 @@ class Bounds(NamedTuple):
   Attributes:
     low: the smallest value.
     high: the largest value.
-    magnitude: the smallest distance from 0.
+    magnitude: the smallest absolute value.
   """
 
   low: float
@@ -90,7 +90,8 @@ _SELECTING = (
 def naming(flag_name: str, value: Any) -> Iterator[None]:
   """Names a flag in the errors of a `with` block.
 
-  If an error is about the name of a data set, the kinds of names are added, too.
+  If an error is about the name of a data set, the message also lists the kinds of names
+  that exist.
   """
   try:
     yield
@@ -226,7 +227,8 @@ def flag(
   return dataclasses.field(default=default, metadata=details)
 
 
-# Declare flags whose default None means the value of --preset, and flags of two groups.
+# These declare flags whose default None means the value of --preset, and flags of the
+# groups "data" and "processes".
 preset_flag = functools.partial(flag, None, unset="the preset's")
 data_flag = functools.partial(flag, group="data")
 _process_flag = functools.partial(flag, group="processes", recorded=False)
@@ -467,15 +469,15 @@ class DataFlags(Flags):
     return source
 
   def read_own(self, name: str, part: str) -> own_data.OwnData:
-    """A part of a user's data, such as images:DIR, which is read only once.
+    """Reads a part of a user's data, such as images:DIR, or returns what it has read.
 
     What was skipped or changed in the training part is printed.
     """
     if (name, part) not in self._own:
-      # The part train is not read again for its format.
+      # Without `like`, `own_data.read` would read the training part again.
       like = self.read_own(name, "train").form if part == "test" else None
       data = own_data.read(name, part, in_memory=self._in_memory(), like=like)
-      if part == "train":  # Most notes on the test part are the same.
+      if part == "train":  # The notes on the test part are mostly the same.
         show_report(name, data)
       else:
         self._show_copies(name, data)
@@ -559,8 +561,8 @@ class TrainingFlags(OutputFlags, ProcessFlags):
   steps_per_call: int | None = flag(
     None,
     "Number of steps sent to the devices at once. More are faster if a step takes a few"
-    " milliseconds or less, but need a second program. The default is 1 on CPU and 20"
-    " elsewhere.",
+    " milliseconds or less, but a second program is compiled. The default is 1 on CPU"
+    " and 20 elsewhere.",
     bounds=(1, 10**6),
     aliases=["steps_per_dispatch"],
     recorded=False,

@@ -30,7 +30,8 @@ def show_report(name: str, data: own_data.OwnData) -> None:
     print(
       settings_lib.printable(
         f"{name}: {len(missing)} of {len(class_names)} classes have no trusted example"
-        f" ({shown}). Methods that use a meta set give low weights to their examples."
+        f" ({shown}). Methods that use a meta set give low weights to the examples of"
+        " these classes."
       )
     )
 
@@ -47,9 +48,10 @@ class Settings(settings_lib.Settings):
   )
 
   def record(self) -> dict[str, Any]:
-    """Like the base class, with --trusted or --num_meta, whichever is in effect.
+    """Like the base class, but omits --num_meta if --trusted is given.
 
-    Settings that were written before --trusted existed therefore still match.
+    If --trusted is not given, it is omitted, so that folders of versions that did not
+    have it still match.
     """
     entries = super().record()
     del entries["trusted" if self.trusted is None else "num_meta"]
@@ -96,8 +98,8 @@ class Settings(settings_lib.Settings):
       print(
         settings_lib.printable(
           f"{self.trusted}: {number} of {len(features)} trusted examples equal test"
-          " examples. If they are the same, the accuracy of methods that use them is"
-          " too high: leave them out of --trusted or of --dataset."
+          " examples. If they are copies, the accuracy of methods that use a meta set"
+          " is too high: leave them out of --trusted or of --dataset."
         )
       )
 
