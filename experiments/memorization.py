@@ -9,7 +9,7 @@ Paper: Forouzesh, Sedghi, Thiran (ICLR 2023): networks that fit a randomly label
   memorized within minutes.
 Command: python -m experiments.memorization --data_dir=DIR
   without a download, in minutes: --dataset=digits
-Device, time: one CPU core, 30 minutes; digits 5.
+Device, time: one CPU core, 30 minutes, or 5 minutes for digits.
 Published: no comparable number; the tables are for CIFAR and Clothing1M. Measured:
   results/memorization.
 """
@@ -76,8 +76,8 @@ class Settings(settings_lib.Settings):
   dataset: str = flag("mnist")
   networks: tuple[str, ...] | None = flag(
     None,
-    "Networks to train, of mlp-WIDTH, mlp-WIDTHxDEPTH and lenet (slow on a CPU),"
-    " separated by commas. The default is six MLPs; digits: four.",
+    "Networks to train, separated by commas: mlp-WIDTH, mlp-WIDTHxDEPTH or lenet (slow"
+    " on a CPU). The default is six MLPs, or four for digits.",
   )
   learning_rate: tuple[float, ...] = flag(
     (0.1, 0.01, 0.001, 0.0001), "Learning rate at the start."
@@ -90,7 +90,7 @@ class Settings(settings_lib.Settings):
     (0.0, 0.25, 0.5),
     "Share of the labels that are replaced by a random class, possibly the true one.",
   )
-  num_train: int | None = flag(None, unset="5,000; digits: all")
+  num_train: int | None = flag(None, unset="5,000, or all for digits")
   num_unlabeled: int = data_flag(
     0,
     "Number of held-out images that are labeled at random; 0 uses the training images,"
@@ -98,7 +98,7 @@ class Settings(settings_lib.Settings):
     bounds=settings_lib.IMAGES,
     aliases=["num_unlabelled"],
   )
-  num_epochs: int | None = flag(None, unset="60; digits: 200")
+  num_epochs: int | None = flag(None, unset="60, or 200 for digits")
   batch_size: int = flag(
     128, "Number of examples in a training step and in a measurement."
   )
@@ -302,7 +302,7 @@ def make_row(
 
 
 def by_noise(rows: runner.Rows) -> dict[float, runner.Rows]:
-  """The models of each noise fraction, ascending, that can be compared.
+  """The models that can be compared, by noise fraction in ascending order.
 
   A model without a susceptibility (because a drop was not finite) cannot be compared.
   """
@@ -333,7 +333,7 @@ def accuracy_by_region(rows: runner.Rows) -> str:
   for fraction, models in by_noise(rows).items():
     groups = [models, *([r for r in models if r["region"] == g] for g in _REGIONS)]
     lines.append([f"{fraction:g}", *map(_spread, groups)])
-  title = "Clean test accuracy %, mean ± standard deviation over models (how many)"
+  title = "Clean test accuracy %, mean ± standard deviation (number of models)"
   return f"{title}:\n\n{report.table(header, lines)}"
 
 

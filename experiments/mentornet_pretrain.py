@@ -31,7 +31,7 @@ from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
-# A predefined curriculum is drawn at these percents of the training, and for these
+# A predefined curriculum is drawn at these percentages of the training, and for these
 # values of the percentile of the losses.
 _EPOCHS = (5, 50, 95)
 _LOSSES_AT_PERCENTILE = (0.5, 1.5, 3.0)
@@ -122,7 +122,7 @@ def make_rows(settings: Settings) -> tuple[mentornet_fitting.Rows, int | None]:
   if not is_dd:
     for name, given in (("dump", settings.dump), ("use_labels", settings.use_labels)):
       if given:
-        raise base.InputError(f"--{name} is for --curriculum=dd.")
+        raise base.InputError(f"--{name} is for --curriculum=dd: leave it out.")
     rows = mentornet_fitting.pd_rows(
       settings.curriculum, num_rows=settings.num_rows, seed=settings.seed
     )
@@ -162,11 +162,11 @@ def fit_or_load(
   fitted_to = _fingerprint(rows)
   if path.exists():
     if mentor_file.read(path)["facts"].get("rows") != fitted_to:
-      data = f"the rows of --curriculum={settings.curriculum}"
-      data = f"the losses in --dump={settings.dump}" if settings.dump else data
+      source = f"--curriculum={settings.curriculum}"
+      source = f"--dump={settings.dump}" if settings.dump else source
       raise base.InputError(
-        f"{path} was not fitted to {data}, as they are now: choose another --workdir,"
-        " or delete this file."
+        f"{path} was fitted to other rows than those of {source}: choose another"
+        " --workdir, or delete this file."
       )
     return mentor_file.load(path)
   network = mentornet_network.MentorNetwork(num_classes or 2, settings.compat)
@@ -219,7 +219,10 @@ def draw(
   percentile: float,
   path: pathlib.Path,
 ) -> None:
-  """Draws the learned and the target weights against the loss, a panel per epoch."""
+  """Draws the learned and the target weights against the loss.
+
+  There is a panel for each of three points of the training.
+  """
   is_dd = mentor.curriculum == "dd"
   epochs: Any = _EPOCHS
   if is_dd:  # Show recorded epochs near the start, the middle and the end.

@@ -76,8 +76,8 @@ class Settings(runner.Settings):
   )
   majority: tuple[float, ...] | None = data_flag(
     None,
-    "Share of the 9s. The default is the paper's 0.9, 0.95, 0.98, 0.99 and 0.995;"
-    " digits: 0.9 and 0.95.",
+    "Share of the 9s. The default is the paper's 0.9, 0.95, 0.98, 0.99 and 0.995, or"
+    " 0.9 and 0.95 for digits.",
     bounds=settings_lib.INNER_SHARE,
   )
   methods: tuple[str, ...] = methods_flag(FIGURE_METHODS, METHODS)
@@ -106,8 +106,8 @@ class Settings(runner.Settings):
     "Let methods that need no clean images train on them, too.", group="data"
   )
   num_test: int | None = _protocol_flag(
-    "Number of test images, half 4s and half 9s; 0 for as many as there are, as with"
-    " digits.",
+    "Number of test images, half 4s and half 9s; 0 uses as many as there are, which"
+    " digits always do.",
     bounds=settings_lib.IMAGES,
     group="data",
   )
@@ -115,10 +115,12 @@ class Settings(runner.Settings):
   momentum: float = flag(0.9)
   num_train: int | None = flag(
     None,
-    "Number of images, including the clean ones. The default is 5,000; digits: 136.",
+    "Number of images, including the clean ones. The default is 5,000, or 136 for"
+    " digits.",
   )
   num_meta: int | None = flag(
-    None, "Number of clean images, half 4s and half 9s. The default is 10; digits: 4."
+    None,
+    "Number of clean images, half 4s and half 9s. The default is 10, or 4 for digits.",
   )
   eval_every: int = flag(500)
 

@@ -8,7 +8,7 @@ Command: python -m experiments.mnist_noise --data_dir=DIR
   with a MentorNet: python -m experiments.mentornet_pretrain --workdir=runs/pd, then
   --methods=mentornet_pd --mentor=runs/pd/mentor.json --mentor_percentile=50
   with the settings of the table: --preset=bare --pixels=raw --methods=uniform,bare
-Device, time: one CPU core, 2 to 8 minutes per method and noise (MLP, 3 seeds).
+Device, time: one CPU core, 2 to 8 minutes per method and noise fraction (MLP, 3 seeds).
 Published (accuracy %, sym 0.5 / 0.7): cross-entropy 74.30 / 61.19, L2RW 90.39 /
   85.10, Meta-Weight-Net 74.94 / 65.52, BARE 94.38 / 91.61; shown only next to runs with
   --preset=bare --pixels=raw.
@@ -174,7 +174,7 @@ class Settings(
     " (l2rw_jax/data/noisy_labels.py). The default is 0.5 and 0.7.",
   )
   methods: tuple[str, ...] = methods_flag(COMPARED, METHODS)
-  seeds_at_once: int | None = flag(None, unset="all, and 1 for LeNet on CPU")
+  seeds_at_once: int | None = flag(None, unset="1 for LeNet on CPU, and all otherwise")
   num_epochs: int | None = preset_flag()
   num_meta: int = flag(
     100, "Number of clean images of each class; for digits, use at most 20."
@@ -185,9 +185,10 @@ class Settings(
   )
   plateau_data: str | None = flag(
     None,
-    "Images whose loss --plateau watches: those held out (--num_validation), with the"
-    " label noise, or the clean ones. The default is validation and, with"
-    " --preset=bare, meta for l2rw and the methods that learn a weighting network.",
+    "Images whose loss --plateau watches: validation is the held-out images with label"
+    " noise (--num_validation), and meta the clean images. The default is validation,"
+    " except that with --preset=bare it is meta for l2rw and the methods that learn a"
+    " weighting network.",
     choices=["validation", "meta"],
     recorded_with="plateau_data",
   )

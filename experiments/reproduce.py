@@ -1,11 +1,12 @@
-r"""Reproduces published numbers, in the order of their value per minute.
+r"""Reproduces published numbers, those that are most valuable per minute first.
 
 The catalog has the published numbers on MNIST and CIFAR-10, but not those on CIFAR-100:
 the MNIST figure and the CIFAR tables of L2RW (Ren et al., 2018), the tables of
 Meta-Weight-Net (Shu et al., 2019), MentorNet-PD (Jiang et al., 2018), LDAM-DRW (Cao et
 al., 2019) and BARE (Patel and Sastry, 2023), and the time of a step. Each number is a
 cell: a run of its script, with several seeds except for the time of a step, in a
-separate folder below --workdir.
+separate folder below --workdir. The value of a cell is 3 if its paper proposes its
+method, and 1 otherwise; it is divided by 10 if the committed results have enough runs.
 Command: python -m experiments.reproduce --list
   python -m experiments.reproduce --device=gpu --minutes=30
   python -m experiments.reproduce --rehearse  (a few steps of every cell)
@@ -14,7 +15,7 @@ Time: the value of --minutes. When the time is up, the running cell saves a chec
   remaining time is not started.
 Estimates: the FLOPs of a cell are the FLOPs of a forward pass, which XLA counts, times
   the numbers of passes, examples, steps and seeds. The estimates assume 40 GFLOP/s on
-  two CPU cores, as convolutions have in results/step_time (33 to 48). Nothing was
+  two CPU cores, because convolutions reach 33 to 48 in results/step_time. Nothing was
   measured on a GPU: 20 TFLOP/s and 30 microseconds for each layer and pass are
   assumptions for an H100. The times of cells that have run in --workdir correct the
   estimates of the others.
@@ -75,9 +76,9 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   list: bool = flag(False, "Print the catalog and run nothing.", group="output")
   rehearse: bool = flag(
     False,
-    "Run a few steps of every cell (an epoch for mnist_noise) with one seed and, except"
-    " on MNIST, a small network, in WORKDIR/rehearsal; the full networks are built, but"
-    " not trained.",
+    "Run a few steps of every cell (an epoch for mnist_noise) in WORKDIR/rehearsal,"
+    " with one seed and, except on MNIST, a small network. The full networks are"
+    " traced, but not trained.",
   )
   only: tuple[str, ...] = flag(
     (),
@@ -108,7 +109,7 @@ class Paper(NamedTuple):
     table: the paper, and the table in it.
     proposed: the method that it proposes, whose cells have a higher value than the
       cells of the baselines.
-    note: an uncertain part of the protocol, from the script.
+    note: the part of the protocol that is uncertain, if any.
   """
 
   table: str
@@ -158,7 +159,7 @@ class Cell(NamedTuple):
       flag.
     size: the sizes that determine the cost; None if the cell is not a training run.
     is_proposed: whether the paper proposes the method.
-    note: a remark about uncertain parts of the protocol.
+    note: the part of the protocol that is uncertain, if any.
   """
 
   name: str
@@ -593,7 +594,7 @@ def make_run(settings: Settings, cell: Cell) -> tuple[Callable[..., Any], Any]:
   """The script's `run` and its settings for a cell.
 
   Raises:
-    InputError: the script refuses them.
+    InputError: the script refuses the settings.
   """
   # Imported by name, because benchmarks are on a higher floor (see BUILD.md).
   module = importlib.import_module(cell.module)
@@ -670,7 +671,7 @@ def choose_cells(settings: Settings) -> list[Cell]:
   """The cells that --only selects.
 
   Raises:
-    InputError: a part of it selects no cell.
+    InputError: a part of --only selects no cell.
   """
   cells = catalog()
   if not settings.is_given("only"):

@@ -83,8 +83,11 @@ _MISTAKES = {
     ["--curriculum=dd", "--dump=/nowhere/dump.csv"],
     "--dump=/nowhere/dump.csv: cannot read it (No such file",
   ),
-  "dump_of_pd": (["--dump=x.npz"], "--dump is for --curriculum=dd."),
-  "labels_of_pd": (["--use_labels"], "--use_labels is for --curriculum=dd."),
+  "dump_of_pd": (["--dump=x.npz"], "--dump is for --curriculum=dd: leave it out."),
+  "labels_of_pd": (
+    ["--use_labels"],
+    "--use_labels is for --curriculum=dd: leave it out.",
+  ),
   "fraction": (
     ["--curriculum=dd", "--dump={dump}", "--percentile=0.75"],
     "percentile=0.75 must be a number from 0 to 100, not a fraction: use 75.",
