@@ -333,7 +333,7 @@ def accuracy_by_region(rows: runner.Rows) -> str:
   for fraction, models in by_noise(rows).items():
     groups = [models, *([r for r in models if r["region"] == g] for g in _REGIONS)]
     lines.append([f"{fraction:g}", *map(_spread, groups)])
-  title = "Clean test accuracy %, mean ± standard deviation (number of models)"
+  title = "Clean test accuracy %, mean ± sample standard deviation (number of models)"
   return f"{title}:\n\n{report.table(header, lines)}"
 
 
@@ -343,7 +343,7 @@ def _spread(rows: runner.Rows) -> str:
     return "-"
   if len(values) == 1:  # One model has no spread, which "± 0.00" would claim.
     return f"{values[0]:.2f} (1)"
-  return f"{np.mean(values):.2f} ± {np.std(values):.2f} ({len(values)})"
+  return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} ({len(values)})"
 
 
 def correlations(rows: runner.Rows) -> str:

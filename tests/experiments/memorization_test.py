@@ -121,7 +121,7 @@ def test_accuracy_by_region_by_hand():
   (line,) = scripts.table(script.accuracy_by_region(rows))[1:]
   # The mean of zeta is 0.34, of training accuracy 55.
   assert line[0] == "0.5" and line[2] == "90.00 ± 0.00 (2)"
-  assert line[1] == f"68.00 ± {np.std([90, 70, 50, 40, 90]):.2f} (5)"
+  assert line[1] == f"68.00 ± {np.std([90, 70, 50, 40, 90], ddof=1):.2f} (5)"
   # One model has no spread.
   assert line[3:] == ["70.00 (1)", "50.00 (1)", "40.00 (1)"]
   (line,) = scripts.table(script.accuracy_by_region(_rows()[4:]))[1:]
