@@ -20,7 +20,7 @@ import numpy as np
 
 Array = jax.Array
 PyTree = Any
-_META_KEY = 0x6D657461
+_META_KEY = 0x6D657461  # "meta" in ASCII.
 # A dictionary of arrays with a common leading axis. In the training loop, it also has
 # "index" [B], the row of each example in its data set.
 Batch = dict[str, Any]
@@ -315,7 +315,7 @@ def keep_state(state: PyTree, problem: Problem, view: EpochView) -> PyTree:
 def permutation(
   state: PyTree, problem: Problem, train: Batch, rng: np.random.Generator
 ) -> np.ndarray:
-  """`Method.sample` that visits every example once in random order."""
+  """The `Method.sample` that visits every example once in random order."""
   del state, problem
   return rng.permutation(len(train["index"]))
 
@@ -515,10 +515,10 @@ def entry(batch: Batch, key: str, method: str) -> Any:
     InputError: the batch does not have it.
   """
   if key not in batch:
-    what = "the row of each example in the training set" if key == "index" else key
+    what = " (the row of each example in the training set)" if key == "index" else ""
     raise InputError(
-      f"{method}: the training batch has no {key!r} ({what}). It has {sorted(batch)}:"
-      " add it."
+      f"{method}: the training batch has no {key!r}{what}: add it to the batch, which"
+      f" has only {sorted(batch)}."
     )
   return batch[key]
 
@@ -542,7 +542,7 @@ def refuse_mask(what: str, values: Any) -> None:
   if isinstance(values, np.ma.MaskedArray):
     raise InputError(
       f"{what} must not be a masked array; leave out the examples with masked values,"
-      " or fill them (.filled)"
+      " or fill them (.filled)."
     )
 
 
@@ -728,8 +728,8 @@ def divide_by_largest(values: Array, largest: Array) -> Array:
 
   To divide an array by a broadcast number, XLA multiplies the array by the reciprocal
   of the number. In float32, the reciprocal is flushed to zero for numbers above 8.5e37
-  and is infinite for numbers below 2.9e-39; the squares and cubes in derivatives are so
-  much earlier. This function avoids both.
+  and is infinite for numbers below 2.9e-39. Derivatives contain squares and cubes of
+  the reciprocal, for which the range is much smaller. This function avoids both.
 
   Args:
     values: floating-point array.
@@ -745,7 +745,7 @@ def divide_by_largest(values: Array, largest: Array) -> Array:
   # Both are multiplied by the same power of two, so that the divisor is at least 1/2
   # and below 1, and its powers, of which the derivatives consist, neither overflow nor
   # underflow. Powers of two do not cause rounding. The power itself may be infinite,
-  # so that it is split into two factors.
+  # so it is split into two factors.
   is_usable = (largest != 0) & jnp.isfinite(largest)
   _, exponent = jnp.frexp(jax.lax.stop_gradient(jnp.where(is_usable, largest, 1)))
   for part in (exponent // 2, exponent - exponent // 2):
@@ -824,7 +824,7 @@ def implicit_promotion() -> Iterator[None]:
 
 
 def common_dtype(*arrays: Any) -> Any:
-  """The dtype to which all `arrays` are promoted, for explicit casts of a product."""
+  """The dtype to which all `arrays` are promoted, for explicit casts."""
   with implicit_promotion():
     return jnp.result_type(*arrays)
 

@@ -39,7 +39,7 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
 
 
 def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Array:
-  """Class weights in proportion to (1 - beta) / (1 - beta^n), with n the class's count.
+  """Class weights in proportion to (1 - beta) / (1 - beta^n), where n is the count.
 
   The weights have mean 1 over the classes that have examples; a class without examples
   has weight 0. beta = 0 gives equal weights, beta -> 1 weights in proportion to 1 / n.

@@ -14,10 +14,10 @@ _TITLE_WIDTH = 110
 
 
 class _Panel(NamedTuple):
-  """The lines of one metric of one table with a measured and a published value.
+  """The lines of a table that have a measured and a published value of one metric.
 
   Attributes:
-    title: title of the table, with the settings that all lines share.
+    title: title of the table, with the settings that all its lines share.
     metric: name of the metric, with its unit.
     groups: pairs of a method and a value, by setting.
   """
@@ -28,7 +28,7 @@ class _Panel(NamedTuple):
 
   @property
   def height(self) -> int:
-    """Number of lines and of headings."""
+    """Number of lines plus number of headings."""
     headings = sum(bool(setting) for setting in self.groups)
     return headings + sum(map(len, self.groups.values()))
 
@@ -139,7 +139,7 @@ def _draw_panel(ax: Any, panel: _Panel) -> None:
 def _errors(
   means: Sequence[float], widths: Sequence[float], is_percent: bool
 ) -> np.ndarray:
-  """Lengths of error bars [2, N]; those of percentages are clipped at 0 and 100."""
+  """Lengths of error bars [2, N]; those of percentages end at 0 and 100."""
   widths_known = np.nan_to_num(widths)
   if not is_percent:
     return np.stack([widths_known, widths_known])

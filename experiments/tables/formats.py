@@ -49,9 +49,9 @@ def compact(table: table_lib.Table) -> str:
 
   Lines and columns are exchanged if there are more settings than methods. If there is
   one setting, there is a column for each of the first six metrics. Published values are
-  in parentheses. There are several tables if the layout is divided by a setting. A
-  mark distinguishes lines with a setting that was chosen by test accuracy: at the
-  method if all of its lines have one, and otherwise at the numbers of these lines.
+  in parentheses. There are several tables if the layout is divided by a setting. Lines
+  with a setting that was chosen by test accuracy are marked: at the method if all of
+  its lines have such a setting, and otherwise at their numbers.
   """
   below = [_source(table), *_note_on_tuning(table)]
   return "\n\n".join([*map(_compact, table.divided()), *below])
@@ -144,7 +144,7 @@ def _note_on_tuning(table: table_lib.Table) -> list[str]:
 
 
 def _note_on_missing(table: table_lib.Table, metrics: Sequence[int]) -> list[str]:
-  """What "k of n" after a number means; empty if no number of `metrics` has it."""
+  """What "k of n" after a number means; empty if no number of `metrics` needs it."""
   if not any(_is_partial(x.values[i], x.repeats) for x in table.lines for i in metrics):
     return []
   repeats = f"{table.layout.repeat}s"
@@ -176,7 +176,7 @@ def _plain(value: Any) -> str:
 
 
 def _measured(value: table_lib.Value, repeats: int) -> str:
-  """The mean with its interval, and from how many of the runs, if not from all."""
+  """The mean with its interval, and the number of runs that measured it if not all."""
   if value.measured is None:
     return "-"
   text = f"{value.measured:.{value.metric.decimals}f}"

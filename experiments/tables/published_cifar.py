@@ -160,10 +160,11 @@ LONG_TAIL_SOURCE = (
   " whether of the last or the best epoch is not stated); builder mwn, Shu et al. 2019"
   " (best epoch on the test set). Neither gives a ± here."
 )
-# The columns are exponential 100 and 10, and step 100 and 10, on CIFAR-10 and then on
-# CIFAR-100. Two methods are omitted because this library implements them differently:
-# class-balanced resampling, whose released sampler uses effective numbers, and the
-# class-balanced focal loss, whose code computes the probability from the weighted loss.
+# The columns are the imbalances 100 and 10 of the exponential shape, and 100 and 10 of
+# the step shape, on CIFAR-10 and then on CIFAR-100. Two methods are omitted because
+# this library implements them differently: class-balanced resampling, whose released
+# sampler uses effective numbers, and the class-balanced focal loss, whose code computes
+# the probability from the weighted loss.
 _LDAM_TAILS = tuple((s, f) for s in ("exponential", "step") for f in (100.0, 10.0))
 _LDAM_ERRORS = {
   "uniform": (29.64, 13.61, 36.70, 17.50, 61.68, 44.30, 61.45, 45.37),
@@ -175,10 +176,10 @@ _LDAM_ERRORS = {
   "uniform_drs": (25.50, 13.28, 27.97, 14.83, 59.67, 42.74, 58.65, 43.21),
 }
 
-# The columns are exponential 200, 100, 50, 20, 10 and 1, on CIFAR-10 and then on
-# CIFAR-100. Where both papers report plain cross-entropy, the numbers are the same
-# (except for 55.70 and 55.71 on CIFAR-100), so they are probably not from separate
-# runs.
+# The columns are the imbalances 200, 100, 50, 20, 10 and 1 of the exponential shape, on
+# CIFAR-10 and then on CIFAR-100. Where both papers report plain cross-entropy, the
+# numbers are the same (except for 55.70 and 55.71 on CIFAR-100), so they are probably
+# not from separate runs.
 _MWN_TAILS = tuple(("exponential", f) for f in (200.0, 100.0, 50.0, 20.0, 10.0, 1.0))
 _MWN_ACCURACIES = {
   "uniform": (

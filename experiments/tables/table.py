@@ -134,7 +134,7 @@ class TunedOnTest(NamedTuple):
   Attributes:
     methods: pattern that matches the names of the methods.
     setting: the setting, as text.
-    where: the values that the settings of these lines have; all others may differ.
+    where: the values that some settings of these lines have; all others may differ.
   """
 
   methods: str
@@ -281,8 +281,9 @@ def _check_seeds(section: Section, method: str, rows: Sequence[Row]) -> None:
   seeds = [section.layout.identity(row) for row in rows]
   if len({str(seed) for seed in seeds}) < len(seeds):
     raise base.InputError(
-      f"{section.name}: {method} has two rows of one {section.layout.repeat} and"
-      f" setting; name what distinguishes them in `settings` of its table."
+      f"{section.name}: {method} has two rows with the same {section.layout.repeat}"
+      " and settings; add the column that distinguishes them to the `settings` of the"
+      " table."
     )
 
 

@@ -29,7 +29,7 @@ S[j, g] = min(Q[j, g], Q[g, j]); what exceeds the mean of S over all pairs is th
 subtracted. On the diagonal, Z is Q. Off the diagonal,
 
     Z[j, g] = Q[j, g] - max(S[j, g] - mean of S, 0)
-    M[j, g] = Z[j, :] summed  *  share of Z off the diagonal / (C - 1)              (2)
+    M[j, g] = sum of Z[j, :]  *  share of Z off the diagonal / (C - 1)              (2)
     v = max(sum of (Q - Q^T)^2 - (Q + Q^T) - S^2, 0) / (2 * sum of M^2)
     R[j, g] = (1 + v Z[j, g]) / (1 + v M[j, g])                                     (3)
 
@@ -316,7 +316,7 @@ def _sure_margin(margins):
 
 
 def blocks(p: np.ndarray) -> Iterator[slice]:
-  """Consecutive rows, whose copies take little memory compared with all rows."""
+  """Slices of consecutive rows of `p`; a copy of one slice takes little memory."""
   size = max(1, _BLOCK // p.shape[1])
   return (slice(start, start + size) for start in range(0, len(p), size))
 
@@ -383,7 +383,7 @@ def _check(statistics, labels):
       f"labels must have shape [N], and {_PROBABILITIES} [N, C] with C at least 2; got"
       f" {labels.shape} and {shape}."
     )
-  # `from_arrays` takes such labels, too.
+  # `data.examples.from_arrays` takes such labels, too.
   is_whole = labels.dtype.kind in "biu" or (
     labels.dtype.kind == "f" and bool((labels == np.rint(labels)).all())
   )

@@ -371,7 +371,10 @@ _BROKEN_ROWS = {
   "nan": ([{**_ROWS[0], "best_percent": float("nan")}], "'best_percent' is nan, not a"),
   "setting": ([{**_ROWS[0], "fraction": "half"}], "'fraction' is 'half'"),
   "list": ([{**_ROWS[0], "noise": ["n"]}], "'noise' is ['n']"),
-  "same_seed": ([_ROWS[0], _ROWS[0]], "l2rw has two rows of one seed and setting"),
+  "same_seed": (
+    [_ROWS[0], _ROWS[0]],
+    "l2rw has two rows with the same seed and settings",
+  ),
   "published": (
     [_ROWS[0], {**_ROWS[1], "published_percent": 1.0}],
     "'published_percent' differs between runs of one line",
