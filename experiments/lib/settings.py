@@ -469,7 +469,7 @@ class DataFlags(Flags):
     return source
 
   def read_own(self, name: str, part: str) -> own_data.OwnData:
-    """Reads a part of a user's data, such as images:DIR, or returns what it has read.
+    """Reads a part of a user's data, such as images:DIR, on the first call only.
 
     What was skipped or changed in the training part is printed.
     """

@@ -353,7 +353,7 @@ def _step_weight(loss, counts):
 
 
 def _scaled(scores, counts):
-  """Scores divided by the mean finite |score| of rows that count; zeros stay zeros."""
+  """Scores divided by the mean of the finite |scores| that count; zeros stay zeros."""
   # A score that is not finite must not affect other examples.
   is_finite = counts & jnp.isfinite(scores)
   sizes = jnp.where(is_finite, jnp.abs(scores), 0)
