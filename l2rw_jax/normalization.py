@@ -11,8 +11,8 @@ def sum_to_one(scores: base.Array, axis_name: base.AxisName = None) -> base.Arra
 
   If all scores are zero, so are the weights, as in the paper:
   w_i = s_i / (S + delta(S)) with delta(S) = 1 if S = 0 else 0.
-  A NaN, infinite or negative score makes every weight NaN, so that it is not mistaken
-  for a weight of zero.
+  A NaN, infinite or negative score makes every weight NaN, so that it cannot be
+  mistaken for a score of zero.
   Scores are first divided by the largest one, so that their sum cannot overflow. Sums
   and quotients of float16 and bfloat16 are computed in float32.
 

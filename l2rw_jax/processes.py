@@ -1,7 +1,7 @@
 """Communication between the processes of one program, outside of `jit`.
 
 `jax.distributed.initialize` connects the processes. All of them run the same code and
-call the functions of this file in the same order. If there is only one process, the
+call the functions of this module in the same order. If there is only one process, the
 functions need no connection and exchange nothing; only `client` and `wait_for` always
 need a connection.
 """

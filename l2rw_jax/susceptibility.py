@@ -8,14 +8,14 @@ be wrong, it separates good models from bad ones without clean labels.
     loss_drop            the decrease for one batch and one step; works inside `jit`,
                          `vmap` and on several devices
     running_average      zeta from the decreases
-    regions, selected    which of many models to use, by zeta and training accuracy
+    regions, selected    classify and select models by zeta and training accuracy
 
 `training.memorization` measures susceptibility during a run.
 
 Reference: Forouzesh, Sedghi, Thiran, "Leveraging Unlabeled Data to Track
-Memorization", ICLR 2023 (https://arxiv.org/abs/2212.04461). The definition of one step
-is that of its released code. The measured quantity is the decrease of the loss, not the
-squared change of the network's outputs.
+Memorization", ICLR 2023 (https://arxiv.org/abs/2212.04461). As in its released code,
+one step is measured by the decrease of the loss, not by the squared change of the
+network's outputs.
 """
 
 from collections.abc import Sequence
@@ -68,9 +68,9 @@ def loss_drop(
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`, or `(losses [B], aux)` with `has_aux`,
-      in training mode and with a fixed dropout key, so that both losses use the same
-      mask and, with BatchNorm, the statistics of the batch:
-      `problem.losses_fn(model_state, key)`.
+      such as `problem.losses_fn(model_state, key)` with `has_aux`. It applies the
+      network in training mode, so that BatchNorm uses the statistics of the batch, and
+      with a fixed dropout key, so that both losses use the same mask.
     params: current parameters.
     batch: this device's examples, with random labels (`random_labels`).
     optimizer: the optimizer of training.
@@ -121,7 +121,7 @@ def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:
   """A random class for every example, uniform over all classes, int32 [N].
 
   The labels are drawn once per run, so that an example always has the same random
-  label. It is the true label with probability 1 / C. (The released code seeds the
+  label. This label is the true one with probability 1 / C. (The released code seeds the
   generator with the time.)
 
   Args:

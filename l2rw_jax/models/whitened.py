@@ -25,7 +25,7 @@ from l2rw_jax.models import split
 PATCH = 2
 # The features are divided by this number, so that the first logits are small.
 _LOGIT_DIVISOR = 9.0
-# The first layer leaves one pixel less per side, and three poolings halve the rest.
+# The first layer reduces each side by one pixel, and each of three poolings halves it.
 _LEAST_SIDE = 2**3 + 1
 # This epsilon is relative to the mean variance of a pixel of a patch.
 _EPSILON = 1e-3
@@ -52,7 +52,8 @@ def whitening_filters(images: np.ndarray) -> Filters:
     channels of a patch.
 
   Raises:
-    InputError: there is no patch, or the pixels are not finite.
+    InputError: `images` does not have shape [N, H, W, C] or contains no patch, or a
+      pixel is not finite.
   """
   images = np.asarray(images, np.float64)
   if images.ndim != 4 or not len(images) or min(images.shape[1:3]) < PATCH:
@@ -71,7 +72,7 @@ def whitening_filters(images: np.ndarray) -> Filters:
   )
   patches = patches.reshape(-1, PATCH * PATCH * images.shape[-1])
   if not np.isfinite(patches).all():
-    raise base.InputError("whitening: a pixel is NaN or infinite.")
+    raise base.InputError("whitening: a pixel is NaN or infinite; check the images.")
   patches = patches - patches.mean(axis=0)
   variances, directions = np.linalg.eigh(patches.T @ patches / len(patches))
   epsilon = max(_EPSILON * variances.mean(), 1e-12)
@@ -105,8 +106,9 @@ class Whitening(nn.Module):
     rows, outputs = len(self.filters), len(self.filters[0])
     if rows != PATCH * PATCH * x.shape[-1]:
       raise base.InputError(
-        f"whitening has filters of {rows} numbers; patches of {PATCH}x{PATCH} pixels"
-        f" with {x.shape[-1]} channels have {PATCH * PATCH * x.shape[-1]}."
+        f"whitening has filters of {rows} numbers, but patches of {PATCH}x{PATCH}"
+        f" pixels with {x.shape[-1]} channels have {PATCH * PATCH * x.shape[-1]}:"
+        " compute the filters with whitening_filters from images like these."
       )
     shape = (PATCH, PATCH, x.shape[-1], outputs)
     kernel = jnp.asarray(self.filters, self.dtype).reshape(shape)
@@ -139,9 +141,9 @@ class WhitenedNet(split.SplitNetwork):
 
   Attributes:
     num_outputs: number of logits per example.
-    whitening: the result of `whitening_filters`; None is a trainable first convolution
-      with as many filters.
-    width: number of channels of the first pair; 64 in the speed-run.
+    whitening: the result of `whitening_filters`. If None, the kernel of the first
+      convolution is trained, and it has 8 C filters, too.
+    width: number of channels of the first block; 64 in the speed-run.
     norm: "batch", or "group": GroupNorm with 8 groups, which treats examples
       separately, as the layerwise engine of `linearization.linearize` requires.
     axis_name: mapped axis whose devices share batch statistics.
@@ -220,7 +222,7 @@ class WhitenedNet(split.SplitNetwork):
 
 
 def _halve(x: jax.Array) -> jax.Array:
-  """2x2 max pooling; a last odd row or column is dropped."""
+  """2x2 max pooling, which drops the last row or column of an odd side."""
   height, width = (size - size % 2 for size in x.shape[1:3])
   return pooling.max_pool(x[:, :height, :width], 2, 2)
 

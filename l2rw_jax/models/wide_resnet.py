@@ -14,13 +14,13 @@ from l2rw_jax.models import split
 
 
 class WideResNet(split.SplitNetwork):
-  """Wide residual network (Zagoruyko, Komodakis, 2016), as used by Meta-Weight-Net.
+  """Wide residual network (Zagoruyko and Komodakis, 2016), as used by Meta-Weight-Net.
 
   It consists of a 3x3 stem of 16 features; three stages of pre-activation blocks (BN,
   ReLU, 3x3 convolution, BN, ReLU, dropout, 3x3 convolution) with strides 1, 2, 2; and
   BN, ReLU and global average pooling. If a block changes the width, its shortcut starts
-  after the first BN and ReLU and is a 1x1 convolution. There are 36,479,194 parameters
-  with 10 outputs.
+  after the first BN and ReLU and is a 1x1 convolution. With the default sizes and 10
+  outputs, there are 36,479,194 parameters.
 
   Convolutions are initialized from N(0, 2 / (k^2 C_out)), and the output layer on d
   features from U(+-1 / sqrt(d)) with bias 0.
@@ -28,7 +28,7 @@ class WideResNet(split.SplitNetwork):
   Attributes:
     num_outputs: number of logits per example.
     blocks: number of blocks per stage, (depth - 4) / 6; 4 is WRN-28.
-    widen: factor of the widths 16, 32 and 64.
+    widen: factor by which the widths 16, 32 and 64 are multiplied.
     dropout: dropout rate; 0 in Meta-Weight-Net.
     axis_name: mapped axis whose devices share batch statistics.
     dtype: floating-point type of the computation.
