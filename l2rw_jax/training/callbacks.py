@@ -127,8 +127,10 @@ class Evaluation:
 
     Args:
       metrics: the writer of the results.
-      evaluators: metrics of the test set; one of them must compute `accuracy`.
-      probes: metrics of the runs, such as their accuracy on the training set.
+      evaluators: functions that compute metrics of the predictions on the test set; one
+        of them must compute `accuracy`.
+      probes: functions that compute other metrics of the runs, such as the accuracy on
+        the training set.
       name: name of the runs in log messages.
     """
     self._metrics, self._name = metrics, name

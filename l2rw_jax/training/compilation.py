@@ -16,8 +16,8 @@ from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import step as step_lib
 
 
-# The cache holds the steps of the largest script: all its methods, at two sizes of the
-# training set.
+# Scripts may train several methods on one data set and then on the next one. Up to 16
+# methods are then compiled only once.
 @functools.lru_cache(maxsize=16)
 def functions(
   model: config_lib.Model,
@@ -47,8 +47,8 @@ def functions(
     init: `(keys [R], class_counts [R, C], examples [R, 1, ...]) -> TrainState`.
     steps: `(state, train, meta, keys, class_counts) -> (state, outputs)` for arrays
       `[D, R, ...]` on the D devices of this process. `train` and `meta` are those of
-      `device_data.Batches`. It applies `train_step` K times, once for each of the K
-      batches in `train.rows`; the outputs are a `StepOutput` with arrays
+      `device_data.Batches`. `steps` applies `train_step` K times, once for each of the
+      K batches in `train.rows`; the outputs are a `StepOutput` with arrays
       `[D, R, K, ...]`.
   """
 

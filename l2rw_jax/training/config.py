@@ -56,17 +56,17 @@ class Config:
       and 2^32 - 1. The seed determines the initialization, the order of the batches and
       the random numbers of the method.
     log_every: number of steps between two rows of training metrics. A row is also
-      written at every evaluation and checkpoint. Each has the means over the steps
-      since the row before it.
+      written at every evaluation and checkpoint. Each row has the means over the steps
+      since the previous row.
     eval_every: number of steps between two evaluations.
     checkpoint_every: number of steps between two checkpoints.
     num_devices: number of devices in all processes. If None, one process uses the
       largest number that divides the batch size, and several processes use all.
-    steps_per_call: number of steps in one call of the compiled function. None means 1
-      on CPU, where more steps per call need a second program, and 20 elsewhere. The
-      number is reduced to the smallest of the three intervals above, and to 1 if the
-      training or meta examples are not kept on the devices. It affects only speed (and
-      rounding).
+    steps_per_call: number of steps in one call of the compiled function. None means 20,
+      but 1 on CPU, where several steps per call are not worth the compilation of a
+      second program. The number is reduced to the smallest of the three intervals
+      above, and to 1 if the training or meta examples are not kept on the devices. It
+      affects only speed (and rounding).
     data: where training examples are kept. "resident" keeps them on the devices,
       "stream" reads them ahead of the steps that use them, and "auto" streams them if
       they do not fit on the devices or are a row source. It affects only speed.
@@ -214,7 +214,8 @@ def warn_of_missing_groups(split: examples_lib.Splits, *, needs_meta: bool) -> N
   if 0 < len(missing) < len(parts):
     given = [name for name in parts if name not in missing]
     logging.warning(
-      "group is given for %s, but not for %s: the true labels are the groups there.",
+      "group is given for %s, but not for %s: the true labels are the groups of the"
+      " latter.",
       " and ".join(given),
       " and ".join(missing),
     )

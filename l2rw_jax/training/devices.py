@@ -100,8 +100,9 @@ def replicate(tree: base.PyTree, devices: list[jax.Device]) -> base.PyTree:
 
 @functools.lru_cache(maxsize=8)
 def _copier(devices):
-  # This uses the axis of the step: with arrays of another axis, the step would be
-  # compiled a second time when it receives its first output.
+  # Use the axis name of the step. With another name, the sharding of the first state
+  # would differ from that of the states that the step returns, and the step would be
+  # compiled twice.
   return jax.pmap(
     lambda _, x: x, axis_name=AXIS_NAME, in_axes=(0, None), devices=devices
   )
@@ -220,7 +221,7 @@ def map_step(
     kind: one of `MAPS`; both compute the same numbers.
 
   Returns:
-    A function with a method `lower`.
+    The compiled step, which has the method `lower` of jitted functions.
   """
   step = over_runs(step, num_runs)
   if kind == "shard_map":

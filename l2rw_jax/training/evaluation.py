@@ -25,8 +25,8 @@ class Predictions(NamedTuple):
     predicted: the predicted classes, of the same shape.
     losses: per-example losses, [N].
     num_classes: C.
-    groups: integer group of each example by an attribute, [N]; None if the groups are
-      the classes.
+    groups: integer group of each example, such as the value of an attribute, [N]; None
+      if the groups are the classes.
   """
 
   labels: np.ndarray
@@ -66,7 +66,8 @@ class Predictions(NamedTuple):
 def _check_whole(name: str, values: Any) -> None:
   """Raises InputError unless the values are whole numbers, or None.
 
-  Groups of 0.2 and 0.7 would become one group, and a string is equal to no number.
+  Otherwise, the groups 0.2 and 0.7 would become one group, and labels that are strings
+  would never be equal to a predicted class.
   """
   values = np.asarray(values if values is not None else 0)
   is_whole = values.dtype.kind in "biu" or (

@@ -36,7 +36,8 @@ def of_runs(
 
   Returns:
     For each seed: "config" and "seed"; "data", a checksum of all data that the run
-    uses; "settings", the settings with which the folder was prepared.
+    uses; "settings", the settings with which the folder was prepared, see
+    `workdir.prepare`.
   """
   settings = dataclasses.asdict(config)
   for name in EXCLUDED:
@@ -109,6 +110,6 @@ def _refuse(differences: list[str], place: pathlib.Path, what: str) -> None:
   if differences:
     differences = list(dict.fromkeys(differences))
     raise base.InputError(
-      f"{place} contains {what}: {'; '.join(differences)}. Run it as before, or"
+      f"{place} contains {what}: {'; '.join(differences)}. Undo these changes,"
       f" {_ADVICE}"
     )

@@ -115,7 +115,7 @@ class _Agreement:
     return False
 
   def close(self) -> None:
-    """Ends the thread and publishes the number of calls for the other processes."""
+    """Ends the thread, and publishes the number of calls if the thread did not."""
     self._closed.set()
     self._thread.join()
     if not self._is_held:
