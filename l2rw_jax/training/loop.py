@@ -75,9 +75,11 @@ def train(
     folder: the folder of all files. The model, the method and the optimizer must be
       those with which the folder was created: the results of finished runs are read
       without training, whatever these arguments are. A log message says so.
-    evaluators: metrics of the test set; one of them must compute `accuracy`.
+    evaluators: functions that compute metrics of the predictions on the test set; one
+      of them must compute `accuracy`.
     name: name of the runs in the progress bar and in messages.
-    probes: metrics of the runs, measured at the start and at every evaluation.
+    probes: functions that compute other metrics of the runs, at the start and at every
+      evaluation.
     epoch_probes: functions that are called for each run before each of its epochs. If
       an interrupted run continues at the start of an epoch, they are called again for
       that epoch.
@@ -217,7 +219,9 @@ def _is_finished(folder, folders, identities):
   except base.InputError as error:
     problems.append(str(error))
   for problem in problems:
-    logging.warning("%s It will be written again, from the last checkpoint.", problem)
+    logging.warning(
+      "%s The results will be written again from the last checkpoint.", problem
+    )
   return not problems
 
 

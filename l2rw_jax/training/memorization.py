@@ -28,10 +28,10 @@ def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluatio
 
   The name of its metric is `susceptibility_drop`.
 
-  The probe uses the loss of the problem, even if the method changes it. For every
-  measurement it draws a batch of images at random. Their labels are also random, but
-  each image keeps its label during the run. All draws depend only on the seed of the
-  run and the step, not on the training.
+  The probe uses the loss of the problem, even if the method trains with another one.
+  For every measurement, it draws a batch of images at random. Their labels are also
+  random, but each image keeps its label during the run. All draws depend only on the
+  seed of the run and the step, not on the training.
 
   Args:
     batch_size: number of randomly labeled examples. The released code uses 128, its

@@ -29,13 +29,13 @@ class Result(NamedTuple):
 
   Attributes:
     metrics: the content of `results.json` without its checksum. "identity" contains
-      everything that the numbers of the run depend on, and "files" contains the
+      the settings, the seed and a checksum of the data, and "files" contains the
       checksums of the other files of the run, except those for TensorBoard.
     weights: the columns of `weights.csv`, arrays [N] by name: index,
       source_index, label, true_label, mean_weight and last_weight (both in units of the
       uniform weight), seen (number of batches), rejected (number of batches with weight
-      0). A high rejected / seen indicates a wrong label, and does so better than a low
-      mean_weight. The two columns of labels are missing if examples have several
+      0). With L2RW, a high rejected / seen indicates a wrong label better than a low
+      mean_weight does. The two columns of labels are missing if examples have several
       labels. For a user's data, source_index is a position in the result of
       `own_data.read(NAME, "train")`, whose `names` are the paths or rows in the files.
     statistics: what the method reports for each training example, arrays [N, ...] by
@@ -135,7 +135,7 @@ def read(
   Args:
     folder: the folder of the run.
     like: params and model_state, or their shapes, for the structure of the result; if
-      None, they are nested dictionaries.
+      None, the params and the model_state are nested dictionaries.
 
   Returns:
     The run.

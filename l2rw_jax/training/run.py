@@ -228,7 +228,7 @@ class Run:
     arguments = (self.state, *batches, *self._constants)
     if count not in self._compiled_lengths:
       self._compiled_lengths.add(count)
-      jax.block_until_ready(self.state)  # The timer includes earlier steps.
+      jax.block_until_ready(self.state)  # The timer must include the earlier steps.
       with self.timer.stopped():
         self._steps.lower(*arguments).compile()  # Cached for the call below.
         # Processes compile at different speeds, and collectives wait only for a short

@@ -139,8 +139,8 @@ def meta_rows(
     step: number of updates so far.
     num_meta: size of the meta set.
     batch_size: M.
-    order: `meta_order`, or this function with a cache, so that the order of a pass is
-      not drawn again in each of its steps.
+    order: `meta_order`, or a cached version of it that does not draw the order of a
+      pass again in each of its steps.
   """
   steps_per_pass = num_meta // batch_size
   number, offset = divmod(step, steps_per_pass)

@@ -19,8 +19,9 @@ class Failure(NamedTuple):
 
   Attributes:
     step: the step, counted from 0, or -1 if no step has failed; int32 scalar.
-    losses: number of losses in this step that were not finite. If it is 0, something
-      else was not finite: see `fault`, or else the gradient or the updated variables.
+    losses: number of losses in this step that were not finite. If it is 0, `fault` says
+      what was not finite; if `fault` is 0 as well, it was the gradient or the updated
+      variables.
     fault: the `base.Fault` of a meta-learning method, int32 scalar.
   """
 
@@ -162,10 +163,10 @@ def train_step(
     )
 
   if _is_elementwise(update, result.grads):
-    # Keep only the gradients until the check is complete, and compute the update again
-    # from them, first in the place of the old parameters, and then in that of the old
-    # optimizer state, which the new parameters depend on. Otherwise, the whole new
-    # state would be in memory in addition to the old state.
+    # Keep only the gradients until the check is complete, and then compute the update
+    # again: first the parameters, which take the memory of the old ones, and then the
+    # optimizer state, whose old value the new parameters depend on. Otherwise, the
+    # whole new state would be in memory in addition to the old state.
     is_checked = jnp.asarray(takes_step, jnp.float32)
     params, _ = update(ordering.after(is_checked, result.grads))
     params = kept(params, state.params)

@@ -38,16 +38,16 @@ def length(
   A call never continues past a step after which the host logs, evaluates or saves, so
   that neither the results nor the checkpoints depend on `most`, except for rounding. If
   fewer than `most` steps remain before such a step, they are taken one by one. If all
-  epochs have the same length, two compiled programs are therefore enough, and no
-  computed step is discarded, as it would be in a call with masked steps.
+  epochs have the same length, two compiled programs are therefore enough, and no step
+  is computed and then discarded.
 
   Args:
     config: the intervals.
     step: number of updates so far.
     most: number of steps in a full call. If an epoch is shorter, the whole epoch is a
       full call.
-    epoch: number of steps left in this epoch and in the whole epoch, if the host has to
-      act between epochs; otherwise None.
+    epoch: number of steps left in the current epoch, and number of steps in the whole
+      epoch, if the host has to act between epochs; otherwise None.
   """
   free = min(every - step % every for every in config.intervals)
   free = min(free, config.num_steps - step)

@@ -19,8 +19,8 @@ class Timer:
   """A stopwatch that can be saved and resumed.
 
   It includes the method's `refresh`, the loading of batches, epoch probes and all
-  steps, but not compilation, evaluations with their probes, and checkpoints. It is
-  saved in a separate file, because no other file of a run depends on its speed.
+  steps, but not compilation, evaluations with their probes, or checkpoints. It is saved
+  in a separate file, so that no other file of a run depends on the speed of the run.
   """
 
   def __init__(
@@ -136,7 +136,7 @@ class Timer:
     return self._seconds + time.perf_counter() - self._started
 
   def note(self, step: int) -> None:
-    """Records the seconds at which `step` is evaluated."""
+    """Records the seconds of training before the evaluation at `step`."""
     self._evaluations.append((step, self.read()))
 
   def note_refresh(self, step: int, seconds: float) -> None:
