@@ -98,11 +98,11 @@ TABLE = table.Layout(
   title="A language model on text with corrupted documents",
   metrics=(
     table.Metric("bits_per_byte", "bits per byte, clean test", decimals=3),
-    table.Metric("bits_in_uniform_time", "the same after uniform's time", decimals=3),
+    table.Metric("bits_in_uniform_time", "bits per byte in uniform's time", decimals=3),
     table.Metric("recovered_percent", "corrupted documents detected %", decimals=1),
-    table.Metric("shuffled_percent", "shuffled ones detected %", decimals=1),
-    table.Metric("english_percent", "English ones detected %", decimals=1),
-    table.Metric("random_percent", "random ones detected %", decimals=1),
+    table.Metric("shuffled_percent", "shuffled documents detected %", decimals=1),
+    table.Metric("english_percent", "English documents detected %", decimals=1),
+    table.Metric("random_percent", "random documents detected %", decimals=1),
     table.Metric("seconds", "seconds", decimals=0),
   ),
   settings={

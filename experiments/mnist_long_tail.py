@@ -23,6 +23,7 @@ from experiments.lib import long_tail
 from experiments.lib import optimizers
 from experiments.lib import registries
 from experiments.lib import runner
+from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
 from l2rw_jax.models import classifier
 
@@ -61,15 +62,6 @@ PRESET = long_tail.Preset(
 )
 
 
-def _describe_rates() -> str:
-  """The learning rates of the preset, as text for --help."""
-  methods: dict[float, list[str]] = {}
-  for name, rate in LEARNING_RATES.items():
-    methods.setdefault(rate, []).append(name)
-  texts = [f"{rate:g} for {', '.join(names)}" for rate, names in methods.items()]
-  return f"{'; '.join(texts)}; {PRESET.optimizer.learning_rate:g} for all others"
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings(long_tail.Settings):
   """The flags of this script."""
@@ -83,7 +75,8 @@ class Settings(long_tail.Settings):
       name: str(getattr(PRESET.optimizer, name))
       for name in ("momentum", "weight_decay")
     },
-    "learning_rate": _describe_rates(),
+    "learning_rate": f"{settings_lib.describe(LEARNING_RATES)};"
+    f" {PRESET.optimizer.learning_rate:g} for all others",
     "schedule": "constant, with drops",
     "methods": ",".join(METHODS),
     "seeds_at_once": "1 for LeNet on CPU, and all otherwise",

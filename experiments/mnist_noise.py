@@ -203,8 +203,11 @@ class Settings(
   meta_batch_size: int | None = preset_flag()
   learning_rate: float | None = preset_flag("Learning rate at the start.")
   momentum: float | None = preset_flag()
-  lookahead_learning_rate: float | None = preset_flag(
-    methods=registries.META_LEARNED, aliases=["look_ahead_rate"]
+  lookahead_learning_rate: float | None = flag(
+    None,
+    unset=f"the preset's (shared: {settings_lib.describe(LOOKAHEAD_LEARNING_RATES)})",
+    methods=registries.META_LEARNED,
+    aliases=["look_ahead_rate"],
   )
   dump_losses: bool = flag(False)
 
@@ -423,7 +426,8 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     (split,) = splits((0,))
     cells += [make_cell(settings, name, fraction, splits, split) for name in names]
   runner.check(settings, cells)
-  # The rates are a default that has changed, so a folder must have the same ones.
+  # The default rates have changed between versions, so they are recorded: a folder can
+  # only be continued with the same rates.
   rates = dict(PRESETS[settings.preset].lookahead_by_method)
   is_default = settings.lookahead_learning_rate is None
   facts = {"lookahead_learning_rates": rates} if rates and is_default else {}

@@ -234,6 +234,14 @@ data_flag = functools.partial(flag, group="data")
 _process_flag = functools.partial(flag, group="processes", recorded=False)
 
 
+def describe(values: Mapping[str, float]) -> str:
+  """The values of methods as text for --help, such as "0.1 for l2rw; 1 for warpi"."""
+  methods: dict[float, list[str]] = {}
+  for name, value in values.items():
+    methods.setdefault(value, []).append(name)
+  return "; ".join(f"{value:g} for {', '.join(ns)}" for value, ns in methods.items())
+
+
 def methods_flag(default: Any, offered: Iterable[str]) -> Any:
   """Declares the flag --methods of a script that compares some of `offered`."""
   return flag(default, f"Methods to compare: any of {', '.join(offered)}.")

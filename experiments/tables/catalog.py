@@ -36,12 +36,12 @@ _TUNED_ON_TEST = {
   "mnist_noise": (
     _TunedOnTest(
       "meta_weight_net|warpi|advisor",
-      "the learning rate of the look-ahead with the constant rate",
+      "the learning rate of the look-ahead, in runs with a constant learning rate",
       {"schedule": None},
     ),
     _TunedOnTest(
       "mentornet_.*",
-      "the percentile with which MentorNet compares losses with the constant rate",
+      "the percentile of MentorNet, in runs with a constant learning rate",
       {"schedule": None},
     ),
   ),

@@ -63,10 +63,11 @@ class Config:
     num_devices: number of devices in all processes. If None, one process uses the
       largest number that divides the batch size, and several processes use all.
     steps_per_call: number of steps in one call of the compiled function. None means 20,
-      but 1 on CPU, where several steps per call are not worth the compilation of a
-      second program. The number is reduced to the smallest of the three intervals
-      above, and to 1 if the training or meta examples are not kept on the devices. It
-      affects only speed (and rounding).
+      but 1 on CPU, where several steps per call speed up only steps of a few
+      milliseconds or less. With more than one, a second program is compiled. The number
+      is reduced to the smallest of the three intervals above, and to 1 if the training
+      or meta examples are not kept on the devices. It affects only speed (and
+      rounding).
     data: where training examples are kept. "resident" keeps them on the devices,
       "stream" reads them ahead of the steps that use them, and "auto" streams them if
       they do not fit on the devices or are a row source. It affects only speed.

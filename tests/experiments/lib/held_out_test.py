@@ -69,33 +69,32 @@ def test_the_default_is_not_recorded():
   assert _settings(evaluate_on="validation").record()["evaluate_on"] == "validation"
 
 
-def test_results_say_that_they_are_for_validation_images(tmp_path, capsys):
-  settings = mnist_long_tail.Settings(
+@pytest.mark.parametrize(
+  ("script", "flags", "said"),
+  [
+    (
+      mnist_long_tail,
+      {"imbalance": (10.0,), "num_epochs": 1},
+      "validation accuracy %",
+    ),
+    (fairness, {"num_steps": 1}, "1 steps, validation images"),
+  ],
+)
+def test_results_say_that_they_are_for_validation_images(
+  script, flags, said, tmp_path, capsys
+):
+  settings = script.Settings(
     dataset="digits",
-    imbalance=(10.0,),
     methods=("uniform",),
-    num_epochs=1,
     num_seeds=1,
     evaluate_on="validation",
+    **flags,
   )
-  (row,) = mnist_long_tail.run(settings, tmp_path)
+  (row,) = script.run(settings, tmp_path)
   assert row["evaluate_on"] == "validation"
-  # The accuracy is a multiple of 1 / 126, the number of validation images.
+  # The accuracy is a multiple of 1 / N, where N is the number of validation images.
   correct = row["accuracy_percent"] / 100 * len(settings.load("test").labels)
   assert correct == pytest.approx(round(correct), abs=1e-4)
   printed = capsys.readouterr().out
-  assert "validation accuracy %" in printed
+  assert said in printed
   assert "test accuracy" not in printed
-
-
-def test_fairness_says_that_its_results_are_for_validation_images(tmp_path, capsys):
-  settings = fairness.Settings(
-    dataset="digits",
-    methods=("uniform",),
-    num_steps=1,
-    num_seeds=1,
-    evaluate_on="validation",
-  )
-  (row,) = fairness.run(settings, tmp_path)
-  assert row["evaluate_on"] == "validation"
-  assert "1 steps, validation images" in capsys.readouterr().out
